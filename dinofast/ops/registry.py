@@ -1,0 +1,259 @@
+"""The only dispatcher: operators are declared once, kernels are offered, one is chosen inside the operator.
+
+`define` registers `torch.ops.dinofast.<name>` with its plain-torch reference, its fake (shapes) and its
+gradient. `provide` offers a kernel. Each call takes the first offered kernel that serves the device of the
+arguments and does not refuse them; the reference never refuses. `torch.compile` sees one node.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+"""Every backend name, in the order in which offers are tried."""
+
+OPS: dict[str, Op] = {}
+"""Operator name -> operator, filled by `define`."""
+
+MISSING: dict[str, str] = {}
+"""Backend -> why it could not be loaded, filled by `providers`; shown by `dinofast info`."""
+
+_LIBRARY = torch.library.Library("dinofast", "DEF")
+_FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
+_LOG = logging.getLogger("dinofast.ops")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An offer to compute an operator.
+
+    Attributes:
+        backend: one of `BACKENDS`.
+        devices: torch device types it serves, such as ("cpu",).
+        run: takes the operator's arguments, returns its results.
+        refuse: takes the same arguments; None, or the reason in words why `run` cannot serve them.
+    """
+
+    backend: str
+    devices: tuple[str, ...]
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tuple of arguments on which the harness holds every kernel to the reference."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a perfect kernel moves and computes: bytes read and written once, multiply-adds counted as two."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass
+class Op:
+    """A declared operator.
+
+    Attributes:
+        name: the one word that names it in every room.
+        reference: its meaning in plain torch; float64 arguments are computed in float64.
+        samples: argument tuples for the harness.
+        cost: bytes and flops of a perfect kernel for given arguments.
+        verify: raises when integer results do not mean what they must; None when there are none.
+        differentiable: whether a gradient formula exists; without one, inputs that require grad are refused.
+        tolerance: takes (args, index of a floating result); what a kernel may err beyond twice torch's own
+            error in the same dtype: (absolute, relative). Sums over N rows state theirs here.
+        kernels: offers, in the order in which they are tried.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    samples: Callable[[], Sequence[Sample]]
+    cost: Callable[..., Cost]
+    verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None
+    differentiable: bool
+    tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]]
+    kernels: list[Kernel] = field(default_factory=list)
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    samples: Callable[[], Sequence[Sample]],
+    cost: Callable[..., Cost],
+    verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None = None,
+    differentiable: bool = False,
+    tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]] = lambda _args, _i: (1e-6, 0.0),
+) -> Op:
+    """Declare an operator.
+
+    The gradient of a differentiable operator is that of its reference, recomputed in the backward pass, so
+    the forward pass saves nothing but its inputs and may run any kernel.
+
+    Args:
+        schema: signature in torch's schema language, e.g. "cosine_max(Tensor a, Tensor b) -> (Tensor, Tensor)".
+        reference: the meaning, in plain torch.
+        fake: shapes and dtypes of the results; states the contract with `torch._check`.
+        samples: see `Op`.
+        cost: see `Op`.
+        verify: see `Op`.
+        differentiable: see `Op`.
+        tolerance: see `Op`.
+
+    Returns:
+        The operator, also found under its name in `OPS`.
+    """
+    name = schema.partition("(")[0]
+    op = Op(name, reference, samples, cost, verify, differentiable, tolerance)
+    op.kernels.append(Kernel("reference", ("cpu", "cuda"), reference))
+
+    def run(*args: Any) -> Any:
+        return choose(op, args).run(*args)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dinofast::{name}", fake, lib=_LIBRARY)
+    if differentiable:
+        torch.library.register_autograd(
+            f"dinofast::{name}", _backward(op), setup_context=_save_inputs, lib=_LIBRARY
+        )
+    else:
+        _LIBRARY.impl(name, _refuse_grad(op), "Autograd", with_keyset=True)
+    OPS[name] = op
+    return op
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
+
+
+def _backward(op: Op) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        args = [
+            next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        ]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+        with torch.enable_grad():
+            for i in wanted:
+                args[i] = args[i].detach().requires_grad_()
+            results = op.reference(*args)
+            results = results if isinstance(results, tuple) else (results,)
+            pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
+            found = torch.autograd.grad(
+                [y for y, _ in pairs], [args[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+            )
+        out: list[Tensor | None] = [None] * len(args)
+        for i, grad in zip(wanted, found, strict=True):
+            out[i] = grad
+        return tuple(out)
+
+    return backward
+
+
+def _refuse_grad(op: Op) -> Callable[..., Any]:
+    def refuse(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(
+                f"{op.name}: has no gradient, and an argument requires grad; call it under torch.no_grad() "
+                "or detach the argument"
+            )
+        call = getattr(torch.ops.dinofast, op.name).default
+        with torch._C._AutoDispatchBelowAutograd():
+            return call.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refuse
+
+
+def provide(name: str, kernel: Kernel) -> None:
+    """Offer a kernel for operator `name`; offers are tried in the order of `BACKENDS`, the reference last.
+
+    Raises:
+        ValueError: an unknown backend name, or one that already has a kernel for this operator.
+    """
+    op = OPS[name]
+    if kernel.backend not in BACKENDS:
+        raise ValueError(f"{name}: unknown backend {kernel.backend!r}; one of {', '.join(BACKENDS)}")
+    if any(offered.backend == kernel.backend for offered in op.kernels):
+        raise ValueError(f"{name}: backend {kernel.backend!r} already has a kernel")
+    op.kernels.append(kernel)
+    op.kernels.sort(key=lambda offered: BACKENDS.index(offered.backend))
+
+
+def forced_backend() -> str | None:
+    """Give the backend forced by `backend(...)` or `DINOFAST_BACKEND`, or None.
+
+    Raises:
+        ValueError: `DINOFAST_BACKEND` names no backend.
+    """
+    name = _FORCED.get() or os.environ.get("DINOFAST_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"DINOFAST_BACKEND={name}: no such backend; one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force every operator inside the block to use one backend; one that cannot serve a call then raises.
+
+    Args:
+        name: "cpu", "cuda", "triton" or "reference".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; one of {', '.join(BACKENDS)}")
+    token = _FORCED.set(name)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def choose(op: Op, args: tuple[Any, ...]) -> Kernel:
+    """Choose the kernel for these arguments: the first that serves their device and does not refuse.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve the call; the message gives every reason.
+    """
+    device = next(x for x in args if isinstance(x, Tensor)).device.type
+    forced = forced_backend()
+    reasons = []
+    for kernel in op.kernels:
+        if forced is not None and kernel.backend != forced:
+            continue
+        if device not in kernel.devices:
+            reason: str | None = f"serves {' and '.join(kernel.devices)}, the arguments are on {device}"
+        else:
+            reason = kernel.refuse(*args)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.backend}: {reason}")
+        if forced is None:
+            _LOG.debug("%s: %s; trying the next kernel", op.name, reasons[-1])
+    if not reasons:
+        reasons = [f"{forced}: {MISSING.get(forced or '', 'has no kernel for this operator')}"]
+    raise RuntimeError(f"{op.name}: no kernel can run; " + "; ".join(reasons))

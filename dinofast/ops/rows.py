@@ -1,0 +1,105 @@
+"""What several operators say in the same words: checks of row matrices, normalisation, tie order, samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinofast.ops.registry import Sample
+
+BLOCK = 1 << 22
+"""Elements of the largest temporary matrix that a reference holds (16 MiB of float32)."""
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Give the dtype of a reduction over `x`: float32, or float64 when `x` is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_rows(op: str, **matrices: Tensor) -> None:
+    """State that all arguments are floating matrices of one dtype, one device and one D; only the last may
+    not be empty.
+
+    Raises:
+        RuntimeError: with the operator, what was wrong and the values.
+    """
+    named = list(matrices.items())
+    first_name, first = named[0]
+    for name, x in named:
+        torch._check(x.dim() == 2, lambda n=name, x=x: f"{op}: {n} must be a matrix, got {x.dim()} dimensions")
+        torch._check(
+            x.is_floating_point(), lambda n=name, x=x: f"{op}: {n} must be floating point, got {x.dtype}"
+        )
+        torch._check(
+            x.dtype == first.dtype,
+            lambda n=name, x=x: f"{op}: dtype differs, {first_name} {first.dtype} and {n} {x.dtype}",
+        )
+        torch._check(
+            x.device == first.device,
+            lambda n=name, x=x: f"{op}: device differs, {first_name} {first.device} and {n} {x.device}",
+        )
+        torch._check(
+            x.shape[1] == first.shape[1],
+            lambda n=name, x=x: f"{op}: D differs, {first_name} {first.shape[1]} and {n} {x.shape[1]}",
+        )
+    torch._check(first.shape[1] > 0, lambda: f"{op}: D is 0")
+    last_name, last = named[-1]
+    torch._check(last.shape[0] > 0, lambda: f"{op}: {last_name} has no rows")
+
+
+def normalize_rows(x: Tensor) -> Tensor:
+    """Scale every row to unit L2 norm, in float32 or wider.
+
+    Dividing by the largest magnitude first keeps the squares in range, so rows of norm 1e-40 or 1e30 keep
+    their direction. A zero row stays zero; a row with NaN or inf becomes NaN where it matters: any dot
+    product with it is NaN.
+
+    Args:
+        x: (N, D).
+
+    Returns:
+        (N, D).
+    """
+    x = x.to(result_dtype(x))
+    peak = x.abs().amax(dim=-1, keepdim=True)
+    scaled = x / torch.where(peak == 0, 1, peak)
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(norm == 0, 1, norm)
+
+
+def row_samples(*counts: tuple[int, int], dims: Sequence[int] = (1, 7, 33, 130, 384)) -> list[Sample]:
+    """Make pairs of row matrices for the harness: odd sizes, ties, zero, NaN and huge rows, a strided view.
+
+    Args:
+        counts: extra (rows of the first, rows of the second) to draw at D = 33.
+        dims: channels D of the plain samples.
+
+    Returns:
+        Samples whose `args` are (first (N, D), second (K, D)), float32 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int, d: int) -> Tensor:
+        return torch.randn(n, d, generator=generator)
+
+    sizes = [(0, 3), (1, 1), (5, 2), (33, 7), (130, 33), *counts]
+    found = [Sample(f"{n}x{k}x33", (draw(n, 33), draw(k, 33))) for n, k in sizes]
+    found += [Sample(f"65x37x{d}", (draw(65, d), draw(37, d))) for d in dims]
+    rows, others = draw(40, 33), draw(70, 33)
+    ties = others.clone()
+    ties[::7] = ties[3]
+    found.append(Sample("ties", (rows, ties)))
+    zero, zero_others = rows.clone(), others.clone()
+    zero[5], zero_others[11] = 0, 0
+    found.append(Sample("zero row", (zero, zero_others)))
+    broken = rows.clone()
+    broken[7, 3], broken[9, 32], broken[39, 0] = math.nan, math.inf, -math.inf
+    found.append(Sample("NaN and inf rows", (broken, others)))
+    scales = 10.0 ** torch.linspace(-40, 37, 40)
+    found.append(Sample("tiny and huge rows", (rows * scales[:, None], others)))
+    found.append(Sample("strided", (draw(66, 40)[::2, 7:], draw(140, 40)[::2, 7:])))
+    found.append(Sample("transposed", (draw(33, 41).T, draw(33, 70).T)))
+    return found

@@ -1,0 +1,64 @@
+"""The three things that pass between rooms: features, a scored batch, and one image's prediction.
+
+Letters, here and everywhere: B images, H and W pixels, h and w patch grid, N patches (B·h·w), D channels,
+K prototypes or components, Q queries, M bank rows, k neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Patch features of a batch of images that share one size.
+
+    Attributes:
+        tensor: patch features (B, h, w, D), floating point, not normalised.
+        cls: class token (B, D), or None where the backbone has none.
+        image_size: (H, W) in pixels at which a map of these images is wanted.
+    """
+
+    tensor: Tensor
+    cls: Tensor | None
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return int(self.tensor.shape[0])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of a batch. Higher is more abnormal, everywhere.
+
+    Attributes:
+        score: one number an image (B,), float32.
+        map: one number a pixel (B, H, W), float32, at `Features.image_size`.
+    """
+
+    score: Tensor
+    map: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says of one image.
+
+    Attributes:
+        score: image score; higher is more abnormal.
+        map: anomaly map (H, W), float32, on the CPU, at the image's own size.
+        mask: (H, W) bool, True where the map exceeds the calibrated pixel threshold; None when the
+            detector has no pixel threshold.
+        is_anomalous: whether the score exceeds the calibrated image threshold; None when there is none.
+        source: where the image came from: a path, "scan.nii.gz[z=12]" or "array[3]".
+    """
+
+    score: float
+    map: Tensor
+    mask: Tensor | None
+    is_anomalous: bool | None
+    source: str

@@ -1,0 +1,167 @@
+"""What an image is: every accepted form becomes uint8 RGB (H, W, 3), by rules written here and nowhere else.
+
+* 16-bit values keep their high byte (value // 256 over the full range 0..65535), which is also how Pillow
+  reads 16-bit color PNG. A scan that uses fewer bits must be windowed first.
+* Floating values must lie in [0, 1] and become round(255 * value).
+* One channel is repeated three times. Alpha is dropped. Palette, CMYK, YCbCr and 1-bit become RGB as Pillow
+  does it.
+* The EXIF orientation is applied.
+* numpy arrays are channels last, (H, W, C); torch tensors are channels first, (C, H, W).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dinofast.errors import InputError
+
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
+"""A path, a Pillow image, an array (H, W), (H, W, 1 | 3 | 4) or a tensor (H, W), (1 | 3 | 4, H, W)."""
+
+RGB = npt.NDArray[np.uint8]
+"""uint8 (H, W, 3), 0..255."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
+def decode(path: str | os.PathLike[str]) -> RGB:
+    """Read an image file that Pillow knows (PNG, JPEG, TIFF, BMP, WebP, ...), 8 or 16 bits a channel.
+
+    Of an animation the first frame is taken.
+
+    Args:
+        path: the file.
+
+    Returns:
+        uint8 (H, W, 3), upright by its EXIF orientation.
+
+    Raises:
+        InputError: no such file, a folder, not readable, not an image, truncated, of several TIFF pages,
+            larger than Pillow's decompression limit, or a 32-bit file with values outside its range.
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        reason = "is a folder, not an image file" if Path(path).is_dir() else "no such file"
+        raise InputError(f"{name}: {reason}; give the path of an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+                    pages = getattr(image, "n_frames", 1)
+                    raise InputError(f"{name}: a TIFF of {pages} pages; save each page as its own file")
+                image.load()
+                return _from_pil(image, name)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name}: not an image that Pillow can read; remove or convert it") from error
+    except PermissionError as error:
+        raise InputError(f"{name}: may not be read; check its permissions") from error
+    except _BROKEN as error:
+        raise InputError(f"{name}: truncated or corrupt image ({error}); fetch or export it again") from error
+
+
+def as_rgb(image: ImageLike, name: str = "image") -> RGB:
+    """Turn any accepted image into uint8 RGB.
+
+    Args:
+        image: a path; a Pillow image; a numpy array (H, W) or (H, W, C); a torch tensor (H, W) or (C, H, W)
+            on any device; C is 1, 3 or 4 (alpha, dropped); uint8, uint16, or floating in [0, 1].
+        name: what error messages call it, when it has no path.
+
+    Returns:
+        uint8 (H, W, 3), contiguous; it may share memory with `image`.
+
+    Raises:
+        InputError: wrong type, shape or dtype, no pixels, NaN or infinity, floating values outside [0, 1], or
+            whatever `decode` refuses.
+
+    >>> as_rgb(np.full((2, 4), 0.5, np.float32))[0, 0].tolist()
+    [128, 128, 128]
+    >>> as_rgb(torch.zeros(3, 2, 4)).shape
+    (2, 4, 3)
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return decode(image)
+    if isinstance(image, Image.Image):
+        try:
+            return _from_pil(image, name)
+        except _BROKEN as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{name}: cannot be decoded ({error}); fetch or export it again") from error
+    if isinstance(image, torch.Tensor):
+        tensor = image.detach().cpu()
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        if tensor.ndim == 3:
+            _check_channels(tensor.shape[0], tuple(tensor.shape), "a tensor is (C, H, W)", name)
+            tensor = tensor.movedim(0, -1)
+        return _from_array(tensor.numpy(), name)
+    if isinstance(image, np.ndarray):
+        if image.ndim == 3:
+            _check_channels(image.shape[-1], image.shape, "an array is (H, W, C)", name)
+        return _from_array(image, name)
+    raise InputError(
+        f"{name}: cannot use {type(image).__name__} as an image; give a path, Pillow image, array or tensor"
+    )
+
+
+def _check_channels(channels: int, shape: tuple[int, ...], rule: str, name: str) -> None:
+    if channels not in (1, 3, 4):
+        raise InputError(
+            f"{name}: shape {shape} has {channels} channels; {rule} with C = 1, 3 or 4: move or choose them"
+        )
+
+
+def _from_pil(image: Image.Image, name: str) -> RGB:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _WIDE:
+        values = np.asarray(image)
+        if image.mode == "I":
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high > 65535:
+                raise InputError(
+                    f"{name}: 32-bit integers from {low} to {high}; 16 bits are read, 0..65535: rescale it"
+                )
+        return _from_array(values if image.mode == "F" else values.astype(np.uint16), name)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
+
+
+def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
+    if array.ndim not in (2, 3):
+        raise InputError(f"{name}: shape {array.shape}; give one image of 2 or 3 axes, not a batch or volume")
+    if array.size == 0:
+        raise InputError(f"{name}: shape {array.shape} holds no pixels; give an image of at least one pixel")
+    array = array[..., :3] if array.ndim == 3 else array[..., None]
+    if array.dtype == np.uint16:
+        values = (array >> 8).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise InputError(f"{name}: holds NaN or infinity; replace these pixels first")
+        low, high = float(array.min()), float(array.max())
+        if low < -1e-6 or high > 1 + 1e-6:
+            raise InputError(
+                f"{name}: floating values from {low:g} to {high:g}; scale them to [0, 1] or use uint8"
+            )
+        values = np.rint(np.clip(array.astype(np.float64, copy=False), 0, 1) * 255).astype(np.uint8)
+    elif array.dtype == np.uint8:
+        values = array
+    else:
+        raise InputError(
+            f"{name}: dtype {array.dtype}; give uint8, uint16 or floating values in [0, 1]: convert it first"
+        )
+    return np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3)))

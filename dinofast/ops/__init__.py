@@ -1,6 +1,21 @@
 """Operators: declared once, computed by the fastest kernel that can serve the call."""
 
+from dinofast.ops.cosine_map import cosine_map
 from dinofast.ops.cosine_max import cosine_max
+from dinofast.ops.dpm_stats import dpm_stats
+from dinofast.ops.farthest_point import farthest_point
+from dinofast.ops.knn_topk import knn_topk
 from dinofast.ops.registry import MISSING, OPS, backend
+from dinofast.ops.upsample_blur import upsample_blur
 
-__all__ = ["MISSING", "OPS", "backend", "cosine_max"]
+__all__ = [
+    "MISSING",
+    "OPS",
+    "backend",
+    "cosine_map",
+    "cosine_max",
+    "dpm_stats",
+    "farthest_point",
+    "knn_topk",
+    "upsample_blur",
+]

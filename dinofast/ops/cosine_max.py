@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.registry import Cost, define
-from dinofast.ops.rows import BLOCK, check_rows, normalize_rows, result_dtype, row_samples
+from dinofast.ops.rows import BLOCK, check_rows, normalize_rows, result_dtype, row_blocks, row_samples
 
 
 def cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +39,8 @@ def cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
 def _reference(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     _fake(features, prototypes)
     columns = normalize_rows(prototypes).T
-    block = max(1, BLOCK // columns.shape[1])
-    best = [(normalize_rows(rows) @ columns).max(dim=1) for rows in features.split(block)]
+    blocks = row_blocks(features, BLOCK // columns.shape[1])
+    best = [(normalize_rows(rows) @ columns).max(dim=1) for rows in blocks]
     if features.shape[0] == 0:
         return _fake(features, prototypes)
     return torch.cat([b.values for b in best]).clamp(-1, 1), torch.cat([b.indices for b in best])
@@ -60,7 +60,9 @@ def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[
     reached = (normalize_rows(features.double()) * normalize_rows(prototypes.double())[index]).sum(dim=1)
     slack = 2e-6 + 2 * torch.finfo(args[0].dtype).eps ** 1.0
     short = (similarity - reached)[~similarity.isnan()]
-    assert short.numel() == 0 or short.max().item() <= slack, f"a named prototype misses the best by {short.max()}"
+    assert short.numel() == 0 or short.max().item() <= slack, (
+        f"a named prototype misses the best by {short.max()}"
+    )
 
 
 def _cost(features: Tensor, prototypes: Tensor) -> Cost:

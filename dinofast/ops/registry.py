@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ OPS: dict[str, Op] = {}
 MISSING: dict[str, str] = {}
 """Backend -> why it could not be loaded, filled by `providers`; shown by `dinofast info`."""
 
-_LIBRARY = torch.library.Library("dinofast", "DEF")
+_LIBRARY: Any = cast(Any, torch.library.Library)("dinofast", "DEF")
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
 _LOG = logging.getLogger("dinofast.ops")
 
@@ -108,7 +108,7 @@ def define(
     the forward pass saves nothing but its inputs and may run any kernel.
 
     Args:
-        schema: signature in torch's schema language, e.g. "cosine_max(Tensor a, Tensor b) -> (Tensor, Tensor)".
+        schema: signature in torch's schema language, e.g. "f(Tensor a, int k) -> (Tensor, Tensor)".
         reference: the meaning, in plain torch.
         fake: shapes and dtypes of the results; states the contract with `torch._check`.
         samples: see `Op`.
@@ -153,7 +153,8 @@ def _backward(op: Op) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         args = [
-            next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+            next(tensors) if tensor else other
+            for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
         ]
         wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
         with torch.enable_grad():

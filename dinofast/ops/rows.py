@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,35 +20,38 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+require: Callable[[bool, Callable[[], str]], None] = cast(Any, torch)._check
+"""Raise RuntimeError with the message unless the condition holds; `torch.compile` learns the condition."""
+
+
+def row_blocks(x: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """Split (N, ...) into views of at most `rows` rows."""
+    return cast("tuple[Tensor, ...]", cast(Any, x).split(max(1, rows)))
+
+
 def check_rows(op: str, **matrices: Tensor) -> None:
-    """State that all arguments are floating matrices of one dtype, one device and one D; only the last may
-    not be empty.
+    """State that all arguments are floating matrices of one dtype, device and D, the last not empty.
 
     Raises:
         RuntimeError: with the operator, what was wrong and the values.
     """
     named = list(matrices.items())
-    first_name, first = named[0]
     for name, x in named:
-        torch._check(x.dim() == 2, lambda n=name, x=x: f"{op}: {n} must be a matrix, got {x.dim()} dimensions")
-        torch._check(
-            x.is_floating_point(), lambda n=name, x=x: f"{op}: {n} must be floating point, got {x.dtype}"
-        )
-        torch._check(
-            x.dtype == first.dtype,
-            lambda n=name, x=x: f"{op}: dtype differs, {first_name} {first.dtype} and {n} {x.dtype}",
-        )
-        torch._check(
-            x.device == first.device,
-            lambda n=name, x=x: f"{op}: device differs, {first_name} {first.device} and {n} {x.device}",
-        )
-        torch._check(
-            x.shape[1] == first.shape[1],
-            lambda n=name, x=x: f"{op}: D differs, {first_name} {first.shape[1]} and {n} {x.shape[1]}",
-        )
-    torch._check(first.shape[1] > 0, lambda: f"{op}: D is 0")
-    last_name, last = named[-1]
-    torch._check(last.shape[0] > 0, lambda: f"{op}: {last_name} has no rows")
+        _check_matrix(op, named[0][0], named[0][1], name, x)
+    require(named[0][1].shape[1] > 0, lambda: f"{op}: D is 0")
+    require(named[-1][1].shape[0] > 0, lambda: f"{op}: {named[-1][0]} has no rows")
+
+
+def _check_matrix(op: str, first_name: str, first: Tensor, name: str, x: Tensor) -> None:
+    require(x.dim() == 2, lambda: f"{op}: {name} must be a matrix, got {x.dim()} dimensions")
+    require(x.is_floating_point(), lambda: f"{op}: {name} must be floating point, got {x.dtype}")
+    for what, ours, theirs in (
+        ("dtype", first.dtype, x.dtype),
+        ("device", first.device, x.device),
+        ("D", first.shape[1], x.shape[1]),
+    ):
+        if ours != theirs:
+            raise RuntimeError(f"{op}: {what} differs, {first_name} {ours} and {name} {theirs}")
 
 
 def normalize_rows(x: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""farthest_point: one step of greedy k-centre selection, distance, running minimum and argmax in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinofast.ops.registry import Cost, Sample, define
+from dinofast.ops.rows import BLOCK, check_rows, require, result_dtype, row_blocks, row_samples
+
+
+def farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a centre: shrink every row's distance to its nearest centre, then find the farthest row.
+
+    Repeating the step selects a greedy k-centre coreset; no step waits for the device.
+
+    Args:
+        rows: (N, D), N >= 1, float32, bfloat16, float16 or float64.
+        min_distance: (N,), Euclidean distance of every row to its nearest centre so far, inf before the
+            first; float32 (float64 for float64 rows).
+        index: (), int64 on the device of `rows`: the row that becomes a centre.
+
+    Returns:
+        min_distance: (N,), a new tensor: the smaller of the old value and the distance to the new centre,
+            exactly 0 for the centre itself. A row with NaN gets NaN.
+        index: (), int64: the row with the largest value; the smallest index among equals, NaN before all.
+
+    Raises:
+        RuntimeError: wrong dimensions, dtype or device, no rows.
+
+    >>> rows = torch.tensor([[0.0], [1.0], [5.0]])
+    >>> farthest_point(rows, torch.full((3,), torch.inf), torch.tensor(0))
+    (tensor([0., 1., 5.]), tensor(2))
+    """
+    distance, farthest = torch.ops.dinofast.farthest_point.default(rows, min_distance, index)
+    return distance, farthest
+
+
+def _reference(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    _fake(rows, min_distance, index)
+    dtype = result_dtype(rows)
+    centre = rows.index_select(0, index.view(1)).to(dtype)
+    blocks = row_blocks(rows, BLOCK // rows.shape[1])
+    distance = torch.cat([torch.linalg.vector_norm(block.to(dtype) - centre, dim=1) for block in blocks])
+    nearest = torch.minimum(min_distance, distance)
+    top = nearest.max()
+    is_top = torch.where(top.isnan(), nearest.isnan(), nearest == top)
+    return nearest, is_top.to(torch.uint8).argmax()
+
+
+def _fake(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    check_rows("farthest_point", rows=rows)
+    require(
+        min_distance.shape == rows.shape[:1],
+        lambda: f"farthest_point: min_distance is {tuple(min_distance.shape)}, rows {tuple(rows.shape)}",
+    )
+    require(
+        min_distance.dtype == result_dtype(rows),
+        lambda: f"farthest_point: min_distance must be {result_dtype(rows)}, got {min_distance.dtype}",
+    )
+    require(
+        index.dim() == 0 and index.dtype == torch.int64,
+        lambda: f"farthest_point: index must be an int64 scalar, got {index.dtype} {tuple(index.shape)}",
+    )
+    require(
+        min_distance.device == rows.device and index.device == rows.device,
+        lambda: (
+            f"farthest_point: device differs, rows {rows.device}, min_distance {min_distance.device}, "
+            f"index {index.device}"
+        ),
+    )
+    return torch.empty_like(min_distance), torch.empty_like(index)
+
+
+def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> None:
+    """Hold the index to its meaning: the first row that holds the largest of the distances returned."""
+    nearest, farthest = results
+    top = nearest.max()
+    expected = nearest.isnan() if bool(top.isnan()) else nearest == top
+    assert int(farthest) == int(expected.nonzero()[0]), f"row {int(farthest)} is not the first farthest"
+    assert float(nearest[args[2]]) == 0 or bool(args[0][args[2]].isnan().any()), (
+        "a centre is not at 0 of itself"
+    )
+
+
+def _cost(rows: Tensor, min_distance: Tensor, index: Tensor) -> Cost:
+    n, d = rows.shape
+    return Cost(bytes=n * d * rows.element_size() + 2 * n * min_distance.element_size(), flops=3 * n * d)
+
+
+def _samples() -> list[Sample]:
+    found = []
+    for sample in row_samples():
+        rows = sample.args[1]
+        start = torch.full(rows.shape[:1], torch.inf)
+        found.append(Sample(f"first centre, {sample.name}", (rows, start, torch.tensor(rows.shape[0] - 1))))
+    rows = found[6].args[0]
+    near = torch.linalg.vector_norm(rows - rows[3], dim=1)
+    found.append(Sample("second centre", (rows, near, torch.tensor(0))))
+    broken = rows.clone()
+    broken[2, 0] = torch.nan
+    found.append(Sample("NaN row", (broken, near, torch.tensor(0))))
+    found.append(Sample("all equal", (torch.ones(33, 5), torch.full((33,), torch.inf), torch.tensor(7))))
+    return found
+
+
+OP = define(
+    "farthest_point(Tensor rows, Tensor min_distance, Tensor index) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+    cost=_cost,
+    verify=_verify,
+    tolerance=lambda args, _: (1e-6, 4 * torch.finfo(torch.float32).eps),
+)

@@ -1,0 +1,163 @@
+"""upsample_blur: a patch map to pixels, interpolated and smoothed, as two small matrix products.
+
+Interpolation and Gaussian are linear and separable, so the whole is A·S·Bᵀ: A (H, h) and B (W, w) hold
+interpolation, boundary rule and blur together.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinofast.ops.registry import Cost, Sample, define
+from dinofast.ops.rows import require, result_dtype
+
+MODES = ("bilinear", "nearest")
+BOUNDARIES = ("reflect", "mirror")
+
+
+def upsample_blur(
+    map: Tensor,
+    size: tuple[int, int],
+    sigma: float = 4.0,
+    mode: str = "bilinear",
+    boundary: str = "reflect",
+) -> Tensor:
+    """Resize patch maps to pixels, then blur them with a Gaussian truncated at 4 sigma.
+
+    Args:
+        map: (B, h, w), float32, bfloat16, float16 or float64.
+        size: (H, W) in pixels, each at least 1.
+        sigma: standard deviation in pixels of the result; 0 does not blur.
+        mode: "bilinear" (`align_corners=False`, no antialias) or "nearest".
+        boundary: how the blur sees beyond the edge: "reflect" repeats the edge pixel (d c b a | a b c d, as
+            scipy.ndimage), "mirror" does not (d c b | a b c d, as torch's reflection padding).
+
+    Returns:
+        (B, H, W), float32 (float64 for float64 maps), a new tensor even where nothing changes. A NaN patch
+        makes the rows and columns it reaches NaN.
+
+    Raises:
+        RuntimeError: wrong dimensions or dtype, an empty grid, size below 1, negative or non-finite sigma,
+            unknown mode or boundary.
+
+    >>> upsample_blur(torch.ones(1, 2, 2), (8, 8), sigma=1.0).sub(1).abs().max().item() < 1e-6
+    True
+    """
+    result: Tensor = torch.ops.dinofast.upsample_blur.default(map, list(size), float(sigma), mode, boundary)
+    return result
+
+
+@lru_cache(maxsize=64)
+def resample_matrix(source: int, target: int, sigma: float, mode: str, boundary: str) -> Tensor:
+    """Build the (target, source) matrix of interpolation followed by blur along one axis.
+
+    Args:
+        source: patches along the axis.
+        target: pixels along the axis.
+        sigma: see `upsample_blur`.
+        mode: see `upsample_blur`.
+        boundary: see `upsample_blur`.
+
+    Returns:
+        float64 on the CPU; every row sums to 1.
+    """
+    pixels = np.arange(target)
+    matrix = np.zeros((target, source))
+    if mode == "nearest":
+        matrix[pixels, np.minimum(pixels * source // target, source - 1)] = 1
+    else:
+        place = np.clip((pixels + 0.5) * source / target - 0.5, 0, source - 1)
+        low = np.floor(place).astype(int)
+        np.add.at(matrix, (pixels, low), 1 - (place - low))
+        np.add.at(matrix, (pixels, np.minimum(low + 1, source - 1)), place - low)
+    if sigma > 0:
+        radius = int(4 * sigma + 0.5)
+        offsets = np.arange(-radius, radius + 1)
+        weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+        weights /= weights.sum()
+        blur = np.zeros((target, target))
+        for offset, weight in zip(offsets, weights, strict=True):
+            np.add.at(blur, (pixels, _fold(pixels + offset, target, boundary)), weight)
+        matrix = blur @ matrix
+    return torch.from_numpy(matrix)
+
+
+def _fold(place: NDArray[np.int64], length: int, boundary: str) -> NDArray[np.int64]:
+    """Bring positions beyond the edge back inside, any number of times."""
+    if length == 1:
+        return np.zeros_like(place)
+    if boundary == "reflect":
+        place = place % (2 * length)
+        return np.where(place < length, place, 2 * length - 1 - place)
+    place = place % (2 * length - 2)
+    return np.where(place < length, place, 2 * length - 2 - place)
+
+
+def _reference(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
+    _fake(map, size, sigma, mode, boundary)
+    rows, columns = (
+        resample_matrix(source, target, sigma, mode, boundary).to(map.device, result_dtype(map))
+        for source, target in zip(map.shape[1:], size, strict=True)
+    )
+    return rows @ map.to(rows.dtype) @ columns.T
+
+
+def _fake(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
+    require(map.dim() == 3, lambda: f"upsample_blur: map must be (B, h, w), got {tuple(map.shape)}")
+    require(map.is_floating_point(), lambda: f"upsample_blur: map must be floating point, got {map.dtype}")
+    require(
+        map.shape[1] > 0 and map.shape[2] > 0,
+        lambda: f"upsample_blur: the patch grid is empty, {map.shape[1]} × {map.shape[2]}",
+    )
+    require(
+        len(size) == 2 and size[0] >= 1 and size[1] >= 1,
+        lambda: f"upsample_blur: size must be (H, W), each at least 1, got {tuple(size)}",
+    )
+    require(0 <= sigma < float("inf"), lambda: f"upsample_blur: sigma must be finite and >= 0, got {sigma}")
+    require(mode in MODES, lambda: f"upsample_blur: unknown mode {mode!r}; one of {', '.join(MODES)}")
+    require(
+        boundary in BOUNDARIES,
+        lambda: f"upsample_blur: unknown boundary {boundary!r}; one of {', '.join(BOUNDARIES)}",
+    )
+    return map.new_empty((map.shape[0], size[0], size[1]), dtype=result_dtype(map))
+
+
+def _samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found = [
+        Sample("empty batch", (draw(0, 3, 3), [6, 6], 1.0, "bilinear", "reflect")),
+        Sample("one pixel", (draw(1, 1, 1), [1, 1], 4.0, "bilinear", "reflect")),
+        Sample("no blur", (draw(2, 5, 7), [33, 130], 0.0, "bilinear", "reflect")),
+        Sample("no change", (draw(2, 5, 7), [5, 7], 0.0, "bilinear", "reflect")),
+        Sample("blur wider than the map", (draw(1, 3, 2), [6, 5], 9.0, "bilinear", "mirror")),
+        Sample("strided", (draw(2, 14, 10)[:, ::2, 1::2], [40, 33], 2.5, "bilinear", "reflect")),
+        Sample("32x32 to 112x112", (draw(2, 32, 32), [112, 112], 4.0, "bilinear", "reflect")),
+    ]
+    variants = [(mode, boundary) for mode in MODES for boundary in BOUNDARIES]
+    found += [Sample(f"{m} {b}", (draw(2, 5, 7), [34, 29], 1.3, m, b)) for m, b in variants]
+    return found
+
+
+def _cost(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Cost:
+    b, h, w = map.shape
+    products = 2 * b * min(size[0] * h * w + size[0] * w * size[1], size[1] * h * w + size[0] * h * size[1])
+    return Cost(bytes=map.numel() * map.element_size() + 4 * b * size[0] * size[1], flops=products)
+
+
+OP = define(
+    "upsample_blur(Tensor map, int[] size, float sigma, str mode, str boundary) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+    cost=_cost,
+    differentiable=True,
+)

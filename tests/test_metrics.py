@@ -289,7 +289,7 @@ def test_bins_rise_with_the_score(bins):
     np.testing.assert_array_equal(bin_index(edges, bins), keys)
     finite = np.isfinite(scores) & (np.abs(scores) > 1e-37) & (np.abs(scores) < 1e38)
     width = 2.0 ** (10 - bins.bit_length())
-    assert ((edges - scores)[finite] <= width * np.abs(scores[finite])).all()
+    assert (edges[finite] - scores[finite] <= width * np.abs(scores[finite])).all()
 
 
 def test_threshold_is_the_smallest_edge_with_few_enough_above():

@@ -123,7 +123,7 @@ def check(
     Raises:
         InputError: as for `auroc`.
     """
-    values, truth = _array(scores), _array(labels)
+    values, truth = to_numpy(scores), to_numpy(labels)
     shapes = [tuple(side for side in array.shape if side != 1) for array in (values, truth)]
     if values.size != truth.size or (shapes[0] != shapes[1] and min(map(len, shapes)) > 1):
         raise InputError(
@@ -186,7 +186,8 @@ def exact_dot(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
 
 
-def _array(values: ArrayLike | Tensor) -> NDArray[Any]:
+def to_numpy(values: ArrayLike | Tensor) -> NDArray[Any]:
+    """Give a numpy array of the same shape and values; bfloat16, which numpy lacks, becomes float32."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

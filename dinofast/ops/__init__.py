@@ -19,3 +19,5 @@ __all__ = [
     "knn_topk",
     "upsample_blur",
 ]
+
+from dinofast.ops import providers  # noqa: F401  (offers the kernels of the operators above)

@@ -1,0 +1,35 @@
+// Matrices as callers pass them, and their way into tiles and panels.
+#pragma once
+
+#include <cstdint>
+
+#include "../element.h"
+#include "tile.h"
+
+namespace dinofast {
+
+// A row-major matrix; `stride` counts elements from row to row.
+struct Rows {
+    const void* data;
+    int64_t count;
+    int64_t stride;
+    int64_t d;
+    Element element;
+
+    // Row i as float32: in place when it is, else converted into buffer (d,).
+    const float* get(int64_t i, float* buffer) const;
+};
+
+inline int64_t padded_depth(int64_t d) { return (d + DEPTH - 1) / DEPTH * DEPTH; }
+
+// Pack up to Tile::rows rows from `first` on, normalised, into one tile of Tile::rows * padded_depth(d)
+// floats; absent rows are zero. `finite[r]` tells whether row r holds neither NaN nor inf; if not, it is
+// packed as zeros. `buffer` holds d floats.
+void pack_tile(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out, bool* finite);
+
+// Pack up to Tile::columns rows from `first` on, normalised, as columns of one panel of Tile::columns * d
+// floats; absent columns are zero. False when a row holds NaN or inf. `buffer` holds
+// (Tile::columns + 1) * padded_depth(d) floats.
+bool pack_panel(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out);
+
+}  // namespace dinofast

@@ -1,0 +1,56 @@
+#include <immintrin.h>
+
+#include "register_tile.h"
+
+namespace dinofast {
+namespace {
+
+struct Avx2 {
+    using Float = __m256;
+    using Int = __m256i;
+    static constexpr int LANES = 8;
+
+    static Float set(float x) { return _mm256_set1_ps(x); }
+    static Float load(const float* p) { return _mm256_loadu_ps(p); }
+    static Float multiply_add(Float x, Float y, Float sum) { return _mm256_fmadd_ps(x, y, sum); }
+    static Float keep(Float x, int n) {
+        const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), count_from(0));
+        return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_castsi256_ps(valid));
+    }
+    static Int count_from(int32_t n) {
+        return _mm256_add_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+    }
+    static void replace_if_greater(Float& x, Int& i, Float y, Int j) {
+        const Float greater = _mm256_cmp_ps(y, x, _CMP_GT_OQ);
+        x = _mm256_blendv_ps(x, y, greater);
+        i = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(i), _mm256_castsi256_ps(j), greater));
+    }
+    static void store(Float x, Int i, float* value, int32_t* index) {
+        _mm256_storeu_ps(value, x);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), i);
+    }
+    static void scale(const float* x, Float first, Float second, float* out) {
+        _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_mul_ps(load(x), first), second));
+    }
+    static double sum_of_squares(const float* x, int64_t d) {
+        __m256d low = _mm256_setzero_pd(), high = low;
+        int64_t k = 0;
+        for (; k + 8 <= d; k += 8) {
+            const __m256d a = _mm256_cvtps_pd(_mm_loadu_ps(x + k));
+            const __m256d b = _mm256_cvtps_pd(_mm_loadu_ps(x + k + 4));
+            low = _mm256_fmadd_pd(a, a, low);
+            high = _mm256_fmadd_pd(b, b, high);
+        }
+        double lanes[4];
+        _mm256_storeu_pd(lanes, _mm256_add_pd(low, high));
+        double sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+        for (; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
+        return sum;
+    }
+};
+
+}  // namespace
+
+const Tile avx2_tile = {"avx2", 6, 16, register_tile_normalize<Avx2>, register_tile_best<Avx2, 6>};
+
+}  // namespace dinofast

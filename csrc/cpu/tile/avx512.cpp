@@ -1,0 +1,55 @@
+#include <immintrin.h>
+
+#include "register_tile.h"
+
+namespace dinofast {
+namespace {
+
+struct Avx512 {
+    using Float = __m512;
+    using Int = __m512i;
+    static constexpr int LANES = 16;
+
+    static Float set(float x) { return _mm512_set1_ps(x); }
+    static Float load(const float* p) { return _mm512_loadu_ps(p); }
+    static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
+    static __mmask16 first_lanes(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
+    static Float keep(Float x, int n) {
+        return _mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(-INFINITY), x);
+    }
+    static Int count_from(int32_t n) {
+        const Int lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        return _mm512_add_epi32(_mm512_set1_epi32(n), lanes);
+    }
+    static void replace_if_greater(Float& x, Int& i, Float y, Int j) {
+        const __mmask16 greater = _mm512_cmp_ps_mask(y, x, _CMP_GT_OQ);
+        x = _mm512_mask_blend_ps(greater, x, y);
+        i = _mm512_mask_blend_epi32(greater, i, j);
+    }
+    static void store(Float x, Int i, float* value, int32_t* index) {
+        _mm512_storeu_ps(value, x);
+        _mm512_storeu_si512(index, i);
+    }
+    static void scale(const float* x, Float first, Float second, float* out) {
+        _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
+    }
+    static double sum_of_squares(const float* x, int64_t d) {
+        __m512d low = _mm512_setzero_pd(), high = low;
+        for (int64_t k = 0; k < d; k += 16) {
+            const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
+            const Float v = _mm512_maskz_loadu_ps(valid, x + k);
+            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+            const __m512d b =
+                _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+            low = _mm512_fmadd_pd(a, a, low);
+            high = _mm512_fmadd_pd(b, b, high);
+        }
+        return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    }
+};
+
+}  // namespace
+
+const Tile avx512_tile = {"avx512", 12, 32, register_tile_normalize<Avx512>, register_tile_best<Avx512, 12>};
+
+}  // namespace dinofast

@@ -1,0 +1,105 @@
+// The tile over a vector type V, written once for every instruction set. Each file in this folder
+// instantiates it with its own V from an unnamed namespace, so no instance is shared between instruction
+// sets.
+#pragma once
+
+#include <cmath>
+
+#include "../tile.h"
+
+namespace dinofast {
+
+template <class V, int ROWS>
+void register_tile_best(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
+                        float* value, int32_t* index) {
+    using Float = typename V::Float;
+    using Int = typename V::Int;
+    constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
+    Float best_value[ROWS];
+    Int best_index[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        best_value[r] = V::set(-INFINITY);
+        best_index[r] = V::count_from(first);
+    }
+    for (int64_t column = 0; column < columns; column += WIDTH) {
+        const float* b = panels + column * d;
+        Float left[ROWS], right[ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) left[r] = right[r] = V::set(0);
+        for (int64_t run = 0; run < d; run += DEPTH) {
+            const float* a = tile + run * ROWS;
+            const int64_t depth = d - run < DEPTH ? d - run : DEPTH;
+            for (int64_t k = 0; k < depth; ++k, b += WIDTH) {
+                const Float b_left = V::load(b), b_right = V::load(b + LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; ++r) {
+                    const Float x = V::set(a[r * DEPTH + k]);
+                    left[r] = V::multiply_add(x, b_left, left[r]);
+                    right[r] = V::multiply_add(x, b_right, right[r]);
+                }
+            }
+        }
+        const int32_t number = first + static_cast<int32_t>(column);
+        const Int left_index = V::count_from(number), right_index = V::count_from(number + LANES);
+        const int valid = columns - column < WIDTH ? static_cast<int>(columns - column) : WIDTH;
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            Float x = left[r];
+            Int i = left_index;
+            if (valid < WIDTH) {
+                x = V::keep(x, valid);
+                right[r] = V::keep(right[r], valid - LANES);
+            }
+            V::replace_if_greater(x, i, right[r], right_index);
+            V::replace_if_greater(best_value[r], best_index[r], x, i);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        float lane_value[LANES];
+        int32_t lane_index[LANES];
+        V::store(best_value[r], best_index[r], lane_value, lane_index);
+        float top = lane_value[0];
+        int32_t at = lane_index[0];
+        for (int lane = 1; lane < LANES; ++lane) {
+            if (lane_value[lane] > top || (lane_value[lane] == top && lane_index[lane] < at)) {
+                top = lane_value[lane];
+                at = lane_index[lane];
+            }
+        }
+        if (top > value[r]) {
+            value[r] = top;
+            index[r] = at;
+        }
+    }
+}
+
+// Two factors that bring a row of this sum of squares to unit norm. The first is 1, or a power of two where
+// the reciprocal of the norm would leave float32.
+struct Scale {
+    float first, second;
+};
+
+static inline Scale unit_scale(double sum_of_squares) {
+    if (sum_of_squares == 0) return {0, 0};
+    double first = 1;
+    if (sum_of_squares < 0x1p-160) first = 0x1p100;
+    if (sum_of_squares > 0x1p160) first = 0x1p-100;
+    return {static_cast<float>(first), static_cast<float>(1 / (__builtin_sqrt(sum_of_squares) * first))};
+}
+
+template <class V>
+bool register_tile_normalize(const float* x, int64_t d, float* out, int64_t stride) {
+    const double sum = V::sum_of_squares(x, d);
+    if (!(sum < INFINITY)) return false;
+    const Scale scale = unit_scale(sum);
+    const typename V::Float first = V::set(scale.first), second = V::set(scale.second);
+    for (int64_t run = 0; run < d; run += DEPTH, out += stride, x += DEPTH) {
+        const int depth = d - run < DEPTH ? static_cast<int>(d - run) : DEPTH;
+        int k = 0;
+        for (; k + V::LANES <= depth; k += V::LANES) V::scale(x + k, first, second, out + k);
+        for (; k < depth; ++k) out[k] = x[k] * scale.first * scale.second;
+    }
+    return true;
+}
+
+}  // namespace dinofast

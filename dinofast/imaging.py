@@ -98,9 +98,9 @@ def as_rgb(image: ImageLike, name: str = "image") -> RGB:
     if isinstance(image, Image.Image):
         try:
             return _from_pil(image, name)
+        except InputError:
+            raise
         except _BROKEN as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{name}: cannot be decoded ({error}); fetch or export it again") from error
     if isinstance(image, torch.Tensor):
         tensor = image.detach().cpu()

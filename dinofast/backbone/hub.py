@@ -1,0 +1,166 @@
+"""Hugging Face: hub names, the local cache, folders, and the transformers models made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinofast.errors import BackboneError
+
+_CLASSES = {
+    "dinov2": ("Dinov2Config", "Dinov2Model"),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+}
+_V2 = ("base", "small", "large", "giant")
+NAMES = {
+    **{f"dinov2-{size}": f"facebook/dinov2-{size}" for size in _V2},
+    **{f"dinov2-with-registers-{size}": f"facebook/dinov2-with-registers-{size}" for size in _V2},
+    **{
+        f"dinov3-{size}": f"facebook/dinov3-{size}-pretrain-lvd1689m"
+        for size in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16")
+    },
+}
+"""Short name -> hub id."""
+
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+THREE_WAYS = (
+    "Three ways to get weights: (1) a local path: pass the folder or the official .pth file, or set "
+    "DINOFAST_BACKBONE to it; (2) a token: accept the license on the model's page and pass token=... or set "
+    "HF_TOKEN; (3) a mirror: set HF_ENDPOINT to its address."
+)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BackboneError(
+            "DINO backbones need the package transformers: pip install 'dinofast[hf]'"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def assemble(model_type: str, config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Any:
+    """Make a transformers model from a configuration and tensors under their hub names.
+
+    Raises:
+        BackboneError: transformers is not installed, or a tensor is missing, left over or of another shape.
+    """
+    transformers = _transformers()
+    config_class, model_class = (getattr(transformers, name) for name in _CLASSES[model_type])
+    return _load(transformers, model_class, source, None, config=config_class(**config), state_dict=tensors)
+
+
+def from_folder(folder: Path) -> Any:
+    """Load a folder as `save_pretrained` or the hub writes it.
+
+    Raises:
+        BackboneError: no or a torn config.json, another kind of model, missing or torn weights.
+    """
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneError(
+            f"{folder}: no readable config.json with a model_type; give a folder of Hugging Face weights"
+        ) from error
+    if model_type not in _CLASSES:
+        raise BackboneError(
+            f"{folder}: model_type is {model_type!r}; dinofast loads {', '.join(_CLASSES)}: give one of those"
+        )
+    transformers = _transformers()
+    model_class = getattr(transformers, _CLASSES[model_type][1])
+    return _load(transformers, model_class, str(folder), str(folder), local_files_only=True)
+
+
+def _load(transformers: Any, model_class: Any, source: str, *args: Any, **kwargs: Any) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet(transformers):
+            model, info = model_class.from_pretrained(
+                *args, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **kwargs
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise BackboneError(
+            f"{source}: weights are missing, torn or of another model ({_first_line(error)}); fetch them"
+        ) from error
+    missing = sorted(name for name in info["missing_keys"] if "mask_token" not in name)
+    wrong = missing + sorted(info["unexpected_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if wrong:
+        raise BackboneError(
+            f"{source}: {len(wrong)} tensors are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}); fetch the weights again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def cached(repo: str) -> Path | None:
+    """Return the folder of `repo` in the local Hugging Face cache, None where incomplete. Never connects."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    for weights in ("model.safetensors", "model.safetensors.index.json"):
+        files = [try_to_load_from_cache(repo, name) for name in ("config.json", weights)]
+        if all(isinstance(file, str) for file in files):
+            return Path(str(files[0])).parent
+    return None
+
+
+def from_hub(repo: str, token: str | None) -> Any:
+    """Load `owner/name` from the local cache, or else from the hub.
+
+    Raises:
+        BackboneError: transformers is missing; the repository is gated, unknown or unreachable; or what
+            came is not a DINO.
+    """
+    _transformers()
+    folder = cached(repo)
+    return from_folder(folder or _download(repo, token))
+
+
+def _download(repo: str, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # whichever HTTP client the hub uses, its own error is a base of the hub's
+    failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                token=token,
+                allow_patterns=_FILES,
+                etag_timeout=5,
+                endpoint=os.environ.get("HF_ENDPOINT") or None,
+            )
+        )
+    except failures as error:
+        raise BackboneError(f"{repo}: cannot be fetched ({_first_line(error)}). {THREE_WAYS}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

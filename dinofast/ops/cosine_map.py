@@ -111,5 +111,6 @@ OP = define(
     fake=_fake,
     samples=_samples,
     cost=_cost,
+    inputs=(0, 1),
     differentiable=True,
 )

@@ -76,6 +76,7 @@ OP = define(
     fake=_fake,
     samples=lambda: row_samples((97, 150), (13, 1030)),
     cost=_cost,
+    inputs=(0, 1),
     verify=_verify,
     differentiable=True,
 )

@@ -27,9 +27,10 @@ def dpm_stats(
 
     Args:
         x: (N, D), float32, bfloat16, float16 or float64.
-        means: (K, D), K >= 1, same dtype and device.
-        precisions: inverse covariances, same dtype and device: (K, D) for "diag", (K,) for "spherical",
-            (K, D, D) symmetric positive definite for "full".
+        means: (K, D), K >= 1; this and the other parameters are float32 (float64 for float64 `x`), on the
+            device of `x`.
+        precisions: inverse covariances: (K, D) for "diag", (K,) for "spherical", (K, D, D) symmetric positive
+            definite for "full".
         log_weights: (K,), natural logarithms of the component weights; −inf removes a component.
         covariance_type: "diag", "spherical" or "full".
 
@@ -124,7 +125,9 @@ def _quadratic(
 def _fake(
     x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_rows("dpm_stats", x=x, means=means)
+    dtype = result_dtype(x)
+    check_rows("dpm_stats", may_be_empty=True, x=x)
+    check_rows("dpm_stats", means=means)
     k, d = means.shape
     require(
         covariance_type in COVARIANCE_TYPES,
@@ -134,9 +137,9 @@ def _fake(
     )
     shapes: dict[str, tuple[int, ...]] = {"diag": (k, d), "spherical": (k,), "full": (k, d, d)}
     shape = shapes[covariance_type]
+    _check_table(x, "means", means, (k, x.shape[1]))
     _check_table(x, "precisions", precisions, shape)
     _check_table(x, "log_weights", log_weights, (k,))
-    dtype = result_dtype(x)
     results = ((x.shape[0],), (k,), (k, d), shape)
     log_likelihood, count, first, second = (x.new_empty(s, dtype=dtype) for s in results)
     return log_likelihood, count, first, second
@@ -145,8 +148,10 @@ def _fake(
 def _check_table(x: Tensor, name: str, table: Tensor, shape: tuple[int, ...]) -> None:
     require(table.shape == shape, lambda: f"dpm_stats: {name} must be {shape}, got {tuple(table.shape)}")
     require(
-        table.dtype == x.dtype and table.device == x.device,
-        lambda: f"dpm_stats: {name} is {table.dtype} on {table.device}, x is {x.dtype} on {x.device}",
+        table.dtype == result_dtype(x) and table.device == x.device,
+        lambda: (
+            f"dpm_stats: {name} must be {result_dtype(x)} on {x.device}, got {table.dtype} on {table.device}"
+        ),
     )
 
 
@@ -204,5 +209,6 @@ OP = define(
     fake=_fake,
     samples=_samples,
     cost=_cost,
+    inputs=(0,),
     tolerance=_tolerance,
 )

@@ -110,6 +110,7 @@ OP = define(
     fake=_fake,
     samples=_samples,
     cost=_cost,
+    inputs=(0,),
     verify=_verify,
     tolerance=lambda args, _: (1e-6, 4 * torch.finfo(torch.float32).eps),
 )

@@ -74,6 +74,8 @@ class Op:
         reference: its meaning in plain torch; float64 arguments are computed in float64.
         samples: argument tuples for the harness.
         cost: bytes and flops of a perfect kernel for given arguments.
+        inputs: positions of the arguments that may be float32, bfloat16 or float16; other floating arguments
+            are float32. All may be float64 together.
         verify: raises when integer results do not mean what they must; None when there are none.
         differentiable: whether a gradient formula exists; without one, inputs that require grad are refused.
         tolerance: takes (args, index of a floating result); what a kernel may err beyond twice torch's own
@@ -85,6 +87,7 @@ class Op:
     reference: Callable[..., Any]
     samples: Callable[[], Sequence[Sample]]
     cost: Callable[..., Cost]
+    inputs: tuple[int, ...]
     verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None
     differentiable: bool
     tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]]
@@ -98,6 +101,7 @@ def define(
     fake: Callable[..., Any],
     samples: Callable[[], Sequence[Sample]],
     cost: Callable[..., Cost],
+    inputs: tuple[int, ...],
     verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None = None,
     differentiable: bool = False,
     tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]] = lambda _args, _i: (1e-6, 0.0),
@@ -113,6 +117,7 @@ def define(
         fake: shapes and dtypes of the results; states the contract with `torch._check`.
         samples: see `Op`.
         cost: see `Op`.
+        inputs: see `Op`.
         verify: see `Op`.
         differentiable: see `Op`.
         tolerance: see `Op`.
@@ -121,7 +126,7 @@ def define(
         The operator, also found under its name in `OPS`.
     """
     name = schema.partition("(")[0]
-    op = Op(name, reference, samples, cost, verify, differentiable, tolerance)
+    op = Op(name, reference, samples, cost, inputs, verify, differentiable, tolerance)
     op.kernels.append(Kernel("reference", ("cpu", "cuda"), reference))
 
     def run(*args: Any) -> Any:

@@ -29,8 +29,8 @@ def row_blocks(x: Tensor, rows: int) -> tuple[Tensor, ...]:
     return cast("tuple[Tensor, ...]", cast(Any, x).split(max(1, rows)))
 
 
-def check_rows(op: str, **matrices: Tensor) -> None:
-    """State that all arguments are floating matrices of one dtype, device and D, the last not empty.
+def check_rows(op: str, *, may_be_empty: bool = False, **matrices: Tensor) -> None:
+    """State that all arguments are floating matrices of one dtype, device and D, and that the last has rows.
 
     Raises:
         RuntimeError: with the operator, what was wrong and the values.
@@ -39,7 +39,7 @@ def check_rows(op: str, **matrices: Tensor) -> None:
     for name, x in named:
         _check_matrix(op, named[0][0], named[0][1], name, x)
     require(named[0][1].shape[1] > 0, lambda: f"{op}: D is 0")
-    require(named[-1][1].shape[0] > 0, lambda: f"{op}: {named[-1][0]} has no rows")
+    require(may_be_empty or named[-1][1].shape[0] > 0, lambda: f"{op}: {named[-1][0]} has no rows")
 
 
 def _check_matrix(op: str, first_name: str, first: Tensor, name: str, x: Tensor) -> None:

@@ -101,7 +101,7 @@ def _fold(place: NDArray[np.int64], length: int, boundary: str) -> NDArray[np.in
 def _reference(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
     _fake(map, size, sigma, mode, boundary)
     rows, columns = (
-        resample_matrix(source, target, sigma, mode, boundary).to(map.device, result_dtype(map))
+        resample_matrix(int(source), int(target), sigma, mode, boundary).to(map.device, result_dtype(map))
         for source, target in zip(map.shape[1:], size, strict=True)
     )
     return rows @ map.to(rows.dtype) @ columns.T
@@ -159,5 +159,5 @@ OP = define(
     fake=_fake,
     samples=_samples,
     cost=_cost,
-    differentiable=True,
+    inputs=(0,),
 )

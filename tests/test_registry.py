@@ -1,0 +1,112 @@
+"""The dispatcher: forced backends, refusals with reasons, an unknown name."""
+
+import logging
+
+import pytest
+import torch
+
+from dinofast import ops
+from dinofast.ops import registry
+from dinofast.ops.registry import OPS, Kernel, choose, provide
+
+ARGS = (torch.eye(3), torch.eye(3))
+
+
+@pytest.fixture
+def op():
+    """cosine_max with only its reference, whatever this machine offers."""
+    whole = OPS["cosine_max"]
+    kept = list(whole.kernels)
+    whole.kernels[:] = [kernel for kernel in kept if kernel.backend == "reference"]
+    yield whole
+    whole.kernels[:] = kept
+
+
+def offer(backend, refuse=lambda *_: None, devices=("cpu",)):
+    provide("cosine_max", Kernel(backend, devices, lambda *_: (backend, None), refuse))
+
+
+def test_the_first_offer_in_order_is_taken_whatever_the_order_of_offering(op):
+    offer("triton")
+    offer("cpu")
+    assert choose(op, ARGS).backend == "cpu"
+    assert [kernel.backend for kernel in op.kernels] == ["cpu", "triton", "reference"]
+
+
+def test_a_refusal_moves_on_and_is_logged(op, caplog):
+    offer("cpu", refuse=lambda *_: "wants float16, got torch.float32")
+    with caplog.at_level(logging.DEBUG, "dinofast.ops"):
+        assert choose(op, ARGS).backend == "reference"
+    assert "cosine_max: cpu: wants float16, got torch.float32" in caplog.text
+
+
+def test_a_kernel_for_another_device_is_passed_over(op):
+    offer("cuda", devices=("cuda",))
+    assert choose(op, ARGS).backend == "reference"
+
+
+def test_a_forced_backend_is_taken_and_released(op):
+    offer("cpu")
+    with ops.backend("reference"):
+        assert choose(op, ARGS).backend == "reference"
+    assert choose(op, ARGS).backend == "cpu"
+
+
+def test_a_forced_backend_that_refuses_raises_with_the_reason(op):
+    offer("cpu", refuse=lambda *_: "wants float16, got torch.float32")
+    with ops.backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: wants float16, got torch\.float32"):
+        choose(op, ARGS)
+
+
+def test_a_forced_backend_for_another_device_raises(op):
+    offer("cuda", devices=("cuda",))
+    with (
+        ops.backend("cuda"),
+        pytest.raises(RuntimeError, match="cuda: serves cuda, the arguments are on cpu"),
+    ):
+        choose(op, ARGS)
+
+
+def test_a_forced_backend_that_is_missing_says_why(op, monkeypatch):
+    monkeypatch.setitem(registry.MISSING, "cuda", "no driver")
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match="cuda: no driver"):
+        choose(op, ARGS)
+
+
+def test_the_environment_forces_a_backend(op, monkeypatch):
+    offer("cpu")
+    monkeypatch.setenv("DINOFAST_BACKEND", "reference")
+    assert choose(op, ARGS).backend == "reference"
+    monkeypatch.setenv("DINOFAST_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="DINOFAST_BACKEND=gpu: no such backend; one of cpu, cuda"):
+        choose(op, ARGS)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"), ops.backend("gpu"):
+        pass
+
+
+def test_offers_with_an_unknown_name_or_twice_are_refused(op):
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        offer("gpu")
+    offer("cpu")
+    with pytest.raises(ValueError, match="'cpu' already has a kernel"):
+        offer("cpu")
+
+
+def test_a_forced_backend_reaches_the_operator():
+    with ops.backend("reference"):
+        similarity, index = ops.cosine_max(*ARGS)
+    assert similarity.tolist() == [1, 1, 1]
+    assert index.tolist() == [0, 1, 2]
+
+
+def test_importing_dinofast_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import dinofast, sys; assert 'torch' not in sys.modules; dinofast.ops; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

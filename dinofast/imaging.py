@@ -165,3 +165,43 @@ def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
             f"{name}: dtype {array.dtype}; give uint8, uint16 or floating values in [0, 1]: convert it first"
         )
     return np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3)))
+
+
+def rotations(image: RGB, steps: int = 8) -> list[RGB]:
+    """Turn an image about its centre by 0°, 360/steps°, ..., on the same canvas, bilinearly.
+
+    What lies outside is reflected without repeating the edge pixel.
+
+    Args:
+        image: uint8 (H, W, 3), H and W at least 2.
+        steps: how many copies, the first unturned.
+
+    Returns:
+        `steps` images of the same shape, turned counterclockwise.
+
+    References:
+        Damm et al., AnomalyDINO, WACV 2025, arXiv 2405.14529.
+
+    >>> turned = rotations(np.arange(12, dtype=np.uint8).reshape(2, 2, 3), 4)
+    >>> bool((turned[1] == np.rot90(turned[0])).all())
+    True
+    """
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)[None].double()
+    y, x = np.meshgrid(
+        np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij"
+    )
+    found = []
+    for step in range(steps):
+        angle = 2 * np.pi * step / steps
+        source_x, source_y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+        scaled = np.stack([source_x * 2 / (width - 1), source_y * 2 / (height - 1)], axis=-1)
+        turned = torch.nn.functional.grid_sample(
+            pixels,
+            torch.from_numpy(scaled)[None],
+            mode="bilinear",
+            padding_mode="reflection",
+            align_corners=True,
+        )
+        found.append(turned[0].round().clamp(0, 255).to(torch.uint8).movedim(0, -1).numpy())
+    return found

@@ -81,8 +81,8 @@ class VisionTransformer(nn.Module):
         """Return patch tokens (B, h, w, D) and class tokens (B, D), in the dtype of the weights.
 
         Args:
-            pixels: normalized (B, 3, H, W), H and W multiples of the patch size, like the weights in dtype and
-                device.
+            pixels: normalized (B, 3, H, W), H and W multiples of the patch size, in the dtype and on the
+                device of the weights.
             position: what `position(h, w)` gave, likewise.
         """
         batch, channels, height, width = pixels.shape

@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "backbone": LEAVES | {"imaging"},
     "models": LEAVES | {"ops", "artifact"},
     "calibrate": LEAVES | {"metrics"},
-    "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "imaging", "models"},
+    "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
+    "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
-    "demo": LEAVES | {"backbone", "data", "detector", "imaging", "metrics", "models", "report"},
+    "demo": LEAVES | {"backbone", "data", "detector", "imaging", "metrics", "models", "progress", "report"},
     "cli": LEAVES
     | {"backbone", "data", "demo", "detector", "metrics", "models", "ops", "progress", "report"},
     "kernels": set(),

@@ -1,0 +1,306 @@
+"""One contract for every model in `dinofast.models.names()`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dinofast import artifact, models
+from dinofast.errors import ArtifactError, InputError
+from dinofast.models.base import Model
+from dinofast.types import Features, Scores
+
+D, SIDE, SIZE = 16, 12, (48, 60)
+
+VARIANTS = {
+    "memory_bank": [
+        {},
+        {"n_neighbors": 3, "metric": "euclidean"},
+        {"compat": "anomalib", "n_neighbors": 2},
+        {"masking": True, "mask_threshold": 5.0, "mask_references": True},
+    ],
+}
+CASES = [(name, params) for name in models.names() for params in VARIANTS.get(name, [{}])]
+OTHER_PARAMS = {"memory_bank": {"n_neighbors": 5}}
+
+
+@pytest.fixture(params=CASES, ids=[f"{n}-{'-'.join(map(str, p.values()))}" for n, p in CASES])
+def make(request):
+    name, params = request.param
+    return lambda **changes: models.create(name, **params | changes)
+
+
+def normal(b=4, seed=0, d=D, dtype=torch.float32):
+    """Images of a bright object on a background: six kinds of patch, each with its place, and noise."""
+    draw = torch.Generator().manual_seed(9)
+    kinds = torch.randn(6, d, generator=draw)
+    kinds[:3, 0] += 30
+    layout = torch.randint(3, 6, (SIDE, SIDE), generator=draw)
+    layout[2:10, 2:10] = torch.randint(0, 3, (8, 8), generator=draw)
+    noise = torch.randn(b, SIDE, SIDE, d, generator=torch.Generator().manual_seed(seed))
+    return Features((kinds[layout] + 0.1 * noise).to(dtype), None, SIZE)
+
+
+def with_foreign_patch():
+    features = normal(1, seed=77)
+    features.tensor[0, 6, 5] *= -1
+    features.tensor[0, 6, 5, 0] *= -1
+    return features
+
+
+def close(found, expected):
+    """Equal to float32: an operator may settle near-ties among neighbors by the order of the rows."""
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.map, expected.map, rtol=1e-4, atol=1e-5)
+
+
+def same(first, second):
+    assert torch.equal(first.score, second.score)
+    assert torch.equal(first.map, second.map)
+
+
+def test_scores_have_the_promised_form(make):
+    model = make()
+    assert not model.is_fitted
+    assert model.fit([normal()]) is model
+    assert model.is_fitted
+    scores, patches = model.score(normal(3, seed=5)), model.patch_scores(normal(3, seed=5))
+    assert scores.score.shape == (3,)
+    assert scores.map.shape == (3, *SIZE)
+    assert patches.shape == (3, SIDE, SIDE)
+    for tensor in (scores.score, scores.map, patches):
+        assert tensor.dtype == torch.float32
+        assert tensor.isfinite().all()
+
+
+def test_fit_twice_gives_the_same(make):
+    model = make().fit([normal(), normal(seed=1)])
+    first = model.state()
+    model.fit([normal(), normal(seed=1)])
+    for name, tensor in model.state().items():
+        assert torch.equal(tensor, first[name])
+
+
+def test_fit_replaces_what_was_learned(make):
+    model = make().fit([normal(seed=3), normal(seed=4)]).fit([normal()])
+    same(model.score(normal(seed=5)), make().fit([normal()]).score(normal(seed=5)))
+
+
+def test_order_and_size_of_batches_do_not_matter(make):
+    whole = normal(6)
+    parts = [Features(part, None, SIZE) for part in whole.tensor.split([3, 1, 2])]
+    query = normal(2, seed=5)
+    expected = make().fit([whole]).score(query)
+    for batches in (parts, parts[::-1]):
+        close(make().fit(iter(batches)).score(query), expected)
+
+
+def test_split_fit_merge_equals_fit_of_the_whole(make):
+    batches = [normal(2, seed=s) for s in range(4)]
+    first, second = make().fit(batches[:1]), make().fit(batches[1:])
+    before = second.state()
+    assert first.merge(second) is first
+    found, expected = first.score(normal(seed=5)), make().fit(batches).score(normal(seed=5))
+    close(found, expected)
+    assert all(torch.equal(t, before[n]) for n, t in second.state().items())
+
+
+def test_save_and_load_keep_every_number_and_the_bytes(make, tmp_path):
+    model = make().fit([normal()])
+    model.save(tmp_path / "a")
+    loaded = models.load(tmp_path / "a")
+    assert type(loaded) is type(model)
+    assert loaded.params() == model.params()
+    same(loaded.score(normal(seed=5)), model.score(normal(seed=5)))
+    loaded.save(tmp_path / "b")
+    make().fit([normal()]).save(tmp_path / "c")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    same(type(model).load(tmp_path / "a").score(normal(seed=5)), model.score(normal(seed=5)))
+
+
+def test_state_and_config_rebuild_the_model(make):
+    model = make().fit([normal()])
+    same(models.restore(model.config(), model.state()).score(normal(seed=5)), model.score(normal(seed=5)))
+
+
+def test_foreign_patch_scores_higher_there(make):
+    model = make().fit([normal(seed=s) for s in range(3)])
+    clean, foreign = model.score(normal(1, seed=77)), model.score(with_foreign_patch())
+    assert foreign.score > clean.score
+    rise = (foreign.map - clean.map)[0]
+    y, x = divmod(int(rise.argmax()), SIZE[1])
+    assert abs((y + 0.5) * SIDE / SIZE[0] - 6.5) <= 1
+    assert abs((x + 0.5) * SIDE / SIZE[1] - 5.5) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_work(make, dtype):
+    model = make().fit([normal(dtype=dtype)])
+    found = model.score(normal(1, seed=5, dtype=dtype))
+    assert found.score.dtype == found.map.dtype == torch.float32
+    torch.testing.assert_close(
+        found.score, make().fit([normal()]).score(normal(1, seed=5)).score, rtol=0.1, atol=1e-3
+    )
+
+
+def test_single_image_and_empty_batch(make):
+    model = make().fit([Features(torch.zeros(0, 5, 5, D + 1), None, SIZE), normal(1)])
+    found = model.score(Features(torch.zeros(0, SIDE, SIDE, D), None, SIZE))
+    assert found.score.shape == (0,)
+    assert found.map.shape == (0, *SIZE)
+
+
+def test_gradients_stay_out(make):
+    features = normal(1)
+    features.tensor.requires_grad_()
+    model = make().fit([features])
+    assert not any(t.requires_grad for t in model.state().values())
+    assert not model.score(features).map.requires_grad
+
+
+def broken_stream():
+    yield normal(2, seed=8)
+    raise KeyboardInterrupt
+
+
+def nan_batch():
+    features = normal(2)
+    features.tensor[0, 3, 4, 5] = torch.nan
+    features.tensor[1, 0, 0, 2] = torch.inf
+    return features
+
+
+FAILURES = {
+    "interrupted": (broken_stream, KeyboardInterrupt, None),
+    "empty": (list, InputError, "no images to learn from"),
+    "no images": (lambda: [Features(torch.zeros(0, 3, 3, D), None, SIZE)], InputError, "no images"),
+    "NaN": (lambda: [normal(), nan_batch()], InputError, "2 of 288 patches hold NaN or infinite .*float16"),
+    "D": (lambda: [normal(), normal(d=D + 1)], InputError, "D differs between batches, 16 and 17"),
+    "one batch": (normal, InputError, r"iterable of Features, got one batch; pass \[features\]"),
+    "a tensor": (lambda: [normal().tensor], InputError, "expected dinofast.Features, got Tensor"),
+    "integers": (lambda: [Features(torch.ones(1, 2, 2, D).long(), None, SIZE)], InputError, "floating-point"),
+    "no grid": (lambda: [Features(torch.ones(1, 0, 2, D), None, SIZE)], InputError, "no patches"),
+    "no size": (lambda: [Features(torch.ones(1, 2, 2, D), None, (0, 9))], InputError, "image_size"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failed_fit_leaves_the_model_as_it_was(make, failure):
+    batches, error, message = FAILURES[failure]
+    fresh = make()
+    with pytest.raises(error, match=message):
+        fresh.fit(batches())
+    assert not fresh.is_fitted
+    model = make().fit([normal()])
+    before = model.score(normal(seed=5))
+    with pytest.raises(error, match=message):
+        model.fit(batches())
+    same(model.score(normal(seed=5)), before)
+
+
+def test_unfitted_model_says_so(make, tmp_path):
+    for use in (
+        lambda: make().score(normal()),
+        lambda: make().patch_scores(normal()),
+        lambda: make().save(tmp_path / "a"),
+        lambda: make().merge(make().fit([normal()])),
+        lambda: make().fit([normal()]).merge(make()),
+    ):
+        with pytest.raises(InputError, match="not fitted; call fit"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_scoring_refuses_other_d_and_nan(make):
+    model = make().fit([normal()])
+    with pytest.raises(InputError, match=r"fitted on features with D = 16, these have D = 17; .*backbone"):
+        model.score(normal(d=D + 1))
+    with pytest.raises(InputError, match="2 of 288 patches hold NaN"):
+        model.score(nan_batch())
+
+
+def test_device_mismatch_names_both_and_the_remedy(make):
+    model = make().fit([normal()]).to("meta")
+    with pytest.raises(InputError, match=r"is on meta, the features on cpu; .*model\.to\('cpu'\)"):
+        model.score(normal())
+
+
+@pytest.mark.needs_cuda
+def test_model_on_a_gpu_gives_the_same(make):
+    expected = make().fit([normal()]).score(normal(seed=5))
+    moved = Features(normal().tensor.cuda(), None, SIZE)
+    query = Features(normal(seed=5).tensor.cuda(), None, SIZE)
+    for model in (make().fit([moved]), make().fit([normal()]).to("cuda")):
+        assert model.device.type == "cuda"
+        found = model.score(query)
+        close(Scores(found.score.cpu(), found.map.cpu()), expected)
+
+
+def test_merge_refuses_what_does_not_belong(make):
+    model = make().fit([normal()])
+    before = model.score(normal(seed=5))
+    with pytest.raises(InputError, match="different parameters"):
+        model.merge(make(**OTHER_PARAMS[model.name]).fit([normal()]))
+    with pytest.raises(InputError, match="different D, 16 and 17"):
+        model.merge(make().fit([normal(d=D + 1)]))
+    with pytest.raises(InputError, match="cannot merge a dict"):
+        model.merge({})
+    same(model.score(normal(seed=5)), before)
+
+
+def test_state_that_does_not_fit_is_refused(make):
+    model = make().fit([normal()])
+    before = model.score(normal(seed=5))
+    for state in ({}, {"other": torch.ones(2)}, {n: t[..., None] for n, t in model.state().items()}):
+        with pytest.raises(ArtifactError):
+            model.load_state(state)
+    same(model.score(normal(seed=5)), before)
+
+
+def test_constructor_arguments_are_stored_unchanged(make):
+    model = make()
+    assert list(model.params()) == model.param_names()
+    assert type(model)(**model.params()).params() == model.params()
+    assert repr(model).startswith(type(model).__name__)
+
+
+def test_names_and_errors_of_create():
+    assert "memory_bank" in models.names()
+    for name in models.names():
+        assert isinstance(models.create(name), Model)
+        assert models.create(name).name == name
+    with pytest.raises(InputError, match=r"unknown model 'bank'; one of .*memory_bank"):
+        models.create("bank")
+    with pytest.raises(InputError, match="memory_bank has no parameter kk; its parameters are n_neighbors"):
+        models.create("memory_bank", kk=3)
+
+
+def test_listing_names_loads_nothing_heavy():
+    code = "import sys, dinofast; dinofast.models.names(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "names no model"),
+        ({"model": "future", "params": {}}, "unknown model 'future'"),
+        ({"model": "memory_bank", "params": {"future": 1}}, "no parameter future"),
+        ({"model": "memory_bank", "params": {"n_neighbors": "3"}}, "n_neighbors must be"),
+        ({"model": "memory_bank", "params": {"n_neighbors": 9}}, "M >= 9"),
+    ],
+)
+def test_file_whose_contents_do_not_fit_is_refused_by_name(tmp_path, config, message):
+    artifact.write(tmp_path / "odd", "model", {"bank": torch.ones(2, 3)}, config)
+    with pytest.raises(ArtifactError, match=f"odd: .*{message}"):
+        models.load(tmp_path / "odd")
+
+
+def test_class_load_refuses_another_model(tmp_path):
+    class Other(Model):
+        name = "other"
+
+    models.create("memory_bank").fit([normal()]).save(tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"a: holds a memory_bank, not a other"):
+        Other.load(tmp_path / "a")

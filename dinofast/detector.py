@@ -1,0 +1,341 @@
+"""The main job: normal images in, anomaly maps out, with thresholds that mean a false-alarm rate."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dinofast import artifact, data, models
+from dinofast import backbone as backbones
+from dinofast.backbone import Backbone
+from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
+from dinofast.data import Sample
+from dinofast.errors import ArtifactError, InputError
+from dinofast.models.base import Model
+from dinofast.stream import HASH_BYTES, Batch, Embedder, digest
+from dinofast.types import Prediction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from dinofast.progress import Progress
+
+LEVELS = ("pixel", "image")
+DINOV2_MASK_THRESHOLD = 10.0
+"""Published threshold of the foreground mask, in units of DINOv2's final-norm tokens."""
+
+
+class Detector:
+    """A backbone and a model that learn what is normal and map what is not.
+
+    Args:
+        backbone: a loaded backbone, or what `dinofast.backbone.load` takes.
+        model: a model, or a name that `dinofast.models.create` knows. A model that masks the background and
+            has no `mask_threshold` gets the published 10.0 when the backbone is a DINOv2.
+        seed: of everything random in calibration (the bootstrap of a rate's interval).
+
+    Attributes:
+        thresholds: level ("pixel", "image") -> calibrated `Threshold`; assign to change one.
+
+    >>> normal = [np.random.default_rng(i).integers(0, 99, (64, 64, 3), np.uint8) for i in range(2)]
+    >>> detector = Detector(backbones.load("efficientnet-lite0", device="cpu", size=64)).fit(normal)
+    >>> [prediction] = detector.predict(normal[0])
+    >>> prediction.map.shape, prediction.source
+    (torch.Size([64, 64]), 'array')
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | str | os.PathLike[str] = "auto",
+        model: Model | str = "memory_bank",
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.backbone = backbone if isinstance(backbone, Backbone) else backbones.load(backbone)
+        self.model = model if isinstance(model, Model) else models.create(model)
+        self.seed = seed
+        self.thresholds: dict[str, Threshold] = {}
+        self._embedder = Embedder(self.backbone)
+        self._seen: frozenset[bytes] = frozenset()
+        if self.backbone.kind.startswith("dinov2") and getattr(self.model, "mask_threshold", 0.0) is None:
+            self.model.mask_threshold = DINOV2_MASK_THRESHOLD  # type: ignore[attr-defined]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per image of the last run by stage: read, preprocess, backbone, model."""
+        return self._embedder.per_image()
+
+    def fit(
+        self,
+        images: Any,
+        *,
+        rotate: bool = False,
+        batch_size: int | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Learn from normal images; earlier learning and thresholds are replaced.
+
+        Every file is read once before the work begins, so a bad one stops the run before anything is lost.
+
+        Args:
+            images: whatever `dinofast.data.samples` takes.
+            rotate: also learn each image turned by 45°, 90°, ... 315°, as AnomalyDINO's "agnostic" setting.
+            batch_size: images at a time; None chooses from free memory.
+            skip_bad: leave out files that cannot be used, with a warning each.
+            progress: called as progress(stage, done, total).
+
+        Returns:
+            The detector itself. When an error is raised, it is as it was.
+
+        Raises:
+            BadFilesError: files that cannot be used, all named.
+            InputError: no images, or what the model says.
+        """
+        good = self._check(images, skip_bad, progress)
+        seen: set[bytes] = set()
+        self._embedder.restart()
+        stream = self._embedder.batches(good, "fit", batch_size, progress, rotate=rotate, seen=seen)
+        self.model.fit(batch.features for batch in stream)
+        self._seen, self.thresholds = frozenset(seen), {}
+        return self
+
+    def predict(
+        self,
+        images: Any,
+        *,
+        batch_size: int | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Iterator[Prediction]:
+        """Score images one after the other; memory does not grow with their number.
+
+        Args:
+            images: whatever `dinofast.data.samples` takes; listed at once, read as they are scored.
+            batch_size: images at a time; None chooses from free memory.
+            skip_bad: pass over images that cannot be used, with a warning each.
+            progress: called as progress(stage, done, total).
+
+        Yields:
+            One `Prediction` an image, in order; `map` at the image's own size.
+
+        Raises:
+            InputError: not fitted, no images, or an image that cannot be used, named; those before it
+                have been yielded.
+        """
+        self.model.state()
+        listed = data.samples(images)
+        self._embedder.restart()
+        stream = self._embedder.batches(listed, "predict", batch_size, progress, skip_bad=skip_bad)
+        return self._predict(stream, self.model)
+
+    def calibrate(
+        self,
+        images: Any,
+        *,
+        fpr: float = 0.05,
+        level: str = "pixel",
+        cross_fit: int | None = None,
+        batch_size: int | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Threshold:
+        """Set the threshold of one level from normal images only.
+
+        Args:
+            images: normal images that `fit` did not see; with `cross_fit`, the very images of `fit`.
+            fpr: share of normal pixels or images that may exceed the threshold, in (0, 1).
+            level: "pixel" (predictions get `mask`) or "image" (predictions get `is_anomalous`).
+            cross_fit: when there are no other normal images: cut those of `fit` into this many runs of
+                neighbors, and score each run by a model of the others.
+            batch_size: see `fit`.
+            skip_bad: see `fit`.
+            progress: see `fit`.
+
+        Returns:
+            The threshold, kept in `thresholds[level]`; it says the realized rate and its 95 % interval.
+
+        Raises:
+            BadFilesError: files that cannot be used, all named.
+            InputError: not fitted, an unknown level, images that `fit` has seen (without `cross_fit`) or has
+                not (with it), or too few for this rate.
+        """
+        self.model.state()
+        if level not in LEVELS:
+            raise InputError(f"unknown level {level!r}; one of {', '.join(LEVELS)}")
+        pixels, scores = PixelCalibrator(fpr, seed=self.seed), []
+        good = self._check(images, skip_bad, progress)
+        self._check_seen(good, wanted=cross_fit is not None)
+        self._embedder.restart()
+        if cross_fit is None:
+            method = "held-out"
+            found = self._predict(self._embedder.batches(good, "calibrate", batch_size, progress), self.model)
+        else:
+            method = f"cross-fit {cross_fit}"
+            found = self._cross_fit(good, cross_fit, batch_size, progress)
+        for prediction in found:
+            scores.append(prediction.score)
+            if level == "pixel":
+                pixels.update(prediction.map, prediction.source)
+        if level == "pixel":
+            threshold = pixels.threshold(method=method)
+        else:
+            threshold = image_threshold(scores, fpr, method=method)
+        self.thresholds = {**self.thresholds, level: threshold}
+        return threshold
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted detector to a safetensors file; the same detector gives the same bytes.
+
+        The backbone's weights are not in it, but everything that identifies them is.
+
+        Raises:
+            InputError: not fitted, or the file cannot be written.
+        """
+        hashes = np.frombuffer(b"".join(sorted(self._seen)), np.uint8).reshape(-1, HASH_BYTES)
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state().items()}
+        tensors["seen"] = torch.from_numpy(hashes.copy())
+        config = {
+            "backbone": self.backbone.config,
+            "backbone_source": self.backbone.source,
+            "model": self.model.config(),
+            "seed": self.seed,
+            "thresholds": {level: threshold.to_dict() for level, threshold in self.thresholds.items()},
+            "torch_version": str(torch.__version__),
+        }
+        artifact.write(path, "detector", tensors, config)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backbone: Backbone | str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Read what `save` wrote, and load its backbone again.
+
+        Args:
+            path: file to read.
+            backbone: the backbone of the fit, or where its weights are now; None looks where they were.
+            device: where to run; by default a GPU where there is one.
+
+        Returns:
+            A detector that predicts as the saved one did.
+
+        Raises:
+            InputError: no such file, or it cannot be opened.
+            ArtifactError: torn, foreign or newer, or backbone or preprocessing are not those of the fit.
+            BackboneError: the weights are not there; pass `backbone`.
+        """
+        tensors, config = artifact.read(path, kind="detector")
+        try:
+            wanted, source = config["backbone"], config["backbone_source"]
+            learned = {name[6:]: t for name, t in tensors.items() if name.startswith("model.")}
+            model = models.restore(config["model"], learned)
+            thresholds = {name: Threshold.from_dict(t) for name, t in config["thresholds"].items()}
+            hashes, seed = tensors["seen"].numpy(), config["seed"]
+        except (KeyError, InputError, ArtifactError) as error:
+            raise ArtifactError(
+                f"{path}: does not hold together ({error}); save the detector again."
+            ) from error
+        if not isinstance(backbone, Backbone):
+            backbone = _load_backbone(source if backbone is None else backbone, wanted, device)
+        _same_backbone(path, wanted, backbone.config)
+        detector = cls(backbone, model.to(backbone.device), seed=seed)
+        detector.thresholds = thresholds
+        detector._seen = frozenset(row.tobytes() for row in hashes)
+        return detector
+
+    def __repr__(self) -> str:
+        state = "fitted" if self.model.is_fitted else "not fitted"
+        return f"Detector({self.backbone.id}, {self.model!r}, {state})"
+
+    def _check(self, images: Any, skip_bad: bool, progress: Progress | None) -> list[Sample]:
+        def shown(done: int, total: int) -> None:
+            if progress is not None:
+                progress("check", done, total)
+
+        listed = data.samples(images)
+        return data.check(listed, skip_bad=skip_bad, accept=self._embedder.accept, progress=shown)
+
+    def _check_seen(self, good: Sequence[Sample], wanted: bool) -> None:
+        wrong = [s.source for s in good if (digest(s.load()) in self._seen) != wanted]
+        if not wrong:
+            return
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        if wanted:
+            raise InputError(f"cross_fit needs the images of fit, and these were not among them: {shown}")
+        raise InputError(
+            f"calibrating on images that fit has seen gives a threshold that is too low: {shown}; give other "
+            "normal images, or the images of fit with cross_fit=5"
+        )
+
+    def _predict(self, batches: Iterable[Batch], model: Model) -> Iterator[Prediction]:
+        pixel, image = (self.thresholds.get(level) for level in LEVELS)
+        for batch in batches:
+            for rows, features in batch.by_size():
+                start = time.perf_counter()
+                scores = model.score(features)
+                values, maps = scores.score.tolist(), scores.map.cpu()
+                self._embedder.timed("model", start)
+                for row, value, map in zip(rows, values, maps, strict=True):
+                    yield Prediction(
+                        score=value,
+                        map=map,
+                        mask=None if pixel is None else map > pixel.value,
+                        is_anomalous=None if image is None else value > image.value,
+                        source=batch.sources[row],
+                    )
+
+    def _cross_fit(
+        self, good: Sequence[Sample], folds: int, batch_size: int | None, progress: Progress | None
+    ) -> Iterator[Prediction]:
+        if not 2 <= folds <= len(good):
+            raise InputError(f"cross_fit={folds}: needs 2 to {len(good)} parts for {len(good)} images")
+        parts = [list(part) for part in np.array_split(np.arange(len(good)), folds)]
+        runs = [[good[i] for i in part] for part in parts]
+        kind, params, batches = type(self.model), self.model.params(), self._embedder.batches
+        partial = [
+            kind(**params).fit(b.features for b in batches(run, f"fit part {i}", batch_size, progress))
+            for i, run in enumerate(runs, 1)
+        ]
+        for i, run in enumerate(runs):
+            others = kind(**params)
+            rest = [m for j, m in enumerate(partial) if j != i]
+            others.load_state(rest[0].state())
+            for model in rest[1:]:
+                others.merge(model)
+            stream = batches(run, f"calibrate part {i + 1}", batch_size, progress)
+            yield from self._predict(stream, others)
+
+
+def _load_backbone(source: str | os.PathLike[str], wanted: dict[str, Any], device: Any) -> Backbone:
+    size = wanted["size"]
+    return backbones.load(
+        source,
+        device=device,
+        dtype=getattr(torch, wanted["dtype"]),
+        size=size if isinstance(size, int) else (size[0], size[1]),
+        layers=wanted["layers"],
+        position_resampling=wanted["position_resampling"],
+        resize=wanted["resize"],
+    )
+
+
+def _same_backbone(path: str | os.PathLike[str], wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse a backbone whose weights or preprocessing differ from the fit's; names and precision may."""
+    names = [
+        n for n in sorted({*wanted, *found} - {"id", "licence", "dtype"}) if wanted.get(n) != found.get(n)
+    ]
+    if names:
+        listed = "; ".join(f"{n} {wanted.get(n)!r} in the file, {found.get(n)!r} here" for n in names)
+        raise ArtifactError(
+            f"{path}: was fitted with {wanted.get('id')}, and this backbone is not the same: {listed}. "
+            "Load the backbone of the fit, or fit again."
+        )

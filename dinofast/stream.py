@@ -1,0 +1,158 @@
+"""Images to features, batch by batch: read, preprocessed, embedded, hashed and timed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinofast import data
+from dinofast.backbone import Backbone
+from dinofast.data import Sample
+from dinofast.errors import InputError
+from dinofast.imaging import RGB, rotations
+from dinofast.types import Features
+
+if TYPE_CHECKING:
+    from dinofast.progress import Progress
+
+STAGES = ("read", "preprocess", "backbone", "model")
+HASH_BYTES = 16
+_LOG = logging.getLogger("dinofast.detector")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features of images that share a preprocessed size, with the images' names and own sizes (H, W)."""
+
+    sources: list[str]
+    sizes: list[tuple[int, int]]
+    features: Features
+
+    def by_size(self) -> Iterator[tuple[range, Features]]:
+        """Give runs of images that want maps of one size, in order."""
+        start = 0
+        for stop in range(1, len(self.sizes) + 1):
+            if stop == len(self.sizes) or self.sizes[stop] != self.sizes[start]:
+                tensor, cls = self.features.tensor[start:stop], self.features.cls
+                part = replace(
+                    self.features,
+                    tensor=tensor,
+                    cls=None if cls is None else cls[start:stop],
+                    image_size=self.sizes[start],
+                )
+                yield range(start, stop), part
+                start = stop
+
+
+class Embedder:
+    """Run images through a backbone in batches, keeping the time that each stage takes."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.restart()
+
+    def restart(self) -> None:
+        """Set the clocks to zero."""
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._n_images = 0
+
+    def per_image(self) -> dict[str, float]:
+        """Give the seconds per image of each stage since `restart`."""
+        return {stage: spent / max(1, self._n_images) for stage, spent in self._seconds.items()}
+
+    def timed(self, stage: str, start: float) -> None:
+        """Add the time since `start`, a `time.perf_counter`, to a stage, when the device is done with it."""
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize(self.backbone.device)
+        self._seconds[stage] += time.perf_counter() - start
+
+    def accept(self, image: RGB) -> None:
+        """Raise InputError for an image that the backbone cannot take: too small, or too long and thin."""
+        self.backbone.preprocess.cropped_size(*image.shape[:2])
+
+    def batches(
+        self,
+        images: Sequence[Sample],
+        stage: str,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        *,
+        skip_bad: bool = False,
+        rotate: bool = False,
+        seen: set[bytes] | None = None,
+    ) -> Iterator[Batch]:
+        """Read and embed images in order, in batches of one preprocessed size.
+
+        Args:
+            images: what to read.
+            stage: what `progress` is told.
+            batch_size: images at a time; None chooses from free memory.
+            progress: called as progress(stage, done, total).
+            skip_bad: pass over images that cannot be used, with a warning each, instead of raising.
+            rotate: embed eight turned copies of each image.
+            seen: gets the digest of each image.
+
+        Yields:
+            Batches.
+
+        Raises:
+            InputError: an image that cannot be used, named.
+        """
+        waiting: list[tuple[str, tuple[int, int], Tensor]] = []
+        for done, sample in enumerate(images):
+            if progress is not None:
+                progress(stage, done, len(images))
+            start = time.perf_counter()
+            try:
+                image = data.judged(sample, self.accept)
+            except InputError as error:
+                if not skip_bad:
+                    raise
+                _LOG.warning("skipped %s: %s", sample.source, error)
+                continue
+            if seen is not None:
+                seen.add(digest(image))
+            self.timed("read", start)
+            self._n_images += 1
+            for turned in rotations(image) if rotate else (image,):
+                start = time.perf_counter()
+                pixels = self.backbone.preprocess(turned, sample.source)
+                self.timed("preprocess", start)
+                full = len(waiting) >= (batch_size or self._batch_size(pixels))
+                if waiting and (full or waiting[0][2].shape != pixels.shape):
+                    yield self._embed(waiting)
+                    waiting = []
+                waiting.append((sample.source, (image.shape[0], image.shape[1]), pixels))
+        if waiting:
+            yield self._embed(waiting)
+        if progress is not None:
+            progress(stage, len(images), len(images))
+
+    def _embed(self, waiting: list[tuple[str, tuple[int, int], Tensor]]) -> Batch:
+        start = time.perf_counter()
+        features = self.backbone(torch.stack([pixels for _, _, pixels in waiting]))
+        self.timed("backbone", start)
+        return Batch([source for source, _, _ in waiting], [size for _, size, _ in waiting], features)
+
+    def _batch_size(self, pixels: Tensor) -> int:
+        """Fill a quarter of the free memory; activations take about 64 times the bytes of the pixels."""
+        needed = 64 * pixels.numel() * 4
+        if self.backbone.device.type == "cuda":
+            return int(max(1, min(32, torch.cuda.mem_get_info(self.backbone.device)[0] // 4 // needed)))
+        return int(max(1, min(8, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // needed)))
+
+
+def digest(image: RGB) -> bytes:
+    """Hash decoded pixels, so that a renamed or losslessly re-encoded copy is still known."""
+    found = hashlib.blake2b(str(image.shape).encode(), digest_size=HASH_BYTES)
+    found.update(np.ascontiguousarray(image).data)
+    return found.digest()

@@ -211,6 +211,14 @@ def test_bounds_are_reached_by_adversarial_orders(bins):
         assert bottom.aupr().high == pytest.approx(aupr(*best), abs=1e-11)
 
 
+def test_bounds_meet_when_every_score_has_its_own_bin():
+    scores, labels = 2.0 ** np.arange(-40, 40), np.random.default_rng(0).random(80) < 0.4
+    ranking = assert_contained(scores, labels, 512)
+    for name in METRICS:
+        bounded = getattr(ranking, name)()
+        assert bounded.high - bounded.low < 3e-12, name
+
+
 def test_bounds_contain_every_order_of_small_bins():
     # two bins; inside each, every arrangement of positives, negatives and ties
     for levels in itertools.product(range(3), repeat=5):

@@ -1,1 +1,20 @@
-"""."""
+"""Images, folders and volumes as lists of samples; nothing is read before it is asked for."""
+
+from dinofast.data import demo
+from dinofast.data.folder import folder
+from dinofast.data.nifti import Volume, volume
+from dinofast.data.sample import Sample, VolumeSlice
+from dinofast.data.sources import check, judged, samples, shots
+
+__all__ = [
+    "Sample",
+    "Volume",
+    "VolumeSlice",
+    "check",
+    "demo",
+    "folder",
+    "judged",
+    "samples",
+    "shots",
+    "volume",
+]

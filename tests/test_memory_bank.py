@@ -386,11 +386,11 @@ print(model.bank.numel() * 4 / 2**20, peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_fit_does_not_hold_the_bank_twice():
-    """Measured: a bank of 320 MiB from batches of 8 MiB."""
+    """A bank of 320 MiB from batches of 8 MiB took 390 to 420 MiB; twice the bank would be 640."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     output = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=environment
     ).stdout
     bank, extra = map(float, output.split())
     assert bank == 320
-    assert extra < bank + 96, f"{extra} MiB for a bank of {bank} MiB"
+    assert extra < 1.5 * bank, f"{extra} MiB for a bank of {bank} MiB"

@@ -14,7 +14,7 @@ from dinofast.errors import ArtifactError, InputError
 from dinofast.models.base import Model, checked_stream
 from dinofast.models.foreground import foreground_mask
 from dinofast.models.row_store import RowStore
-from dinofast.ops import knn_topk, upsample_blur
+from dinofast.ops import cosine_max, knn_topk, upsample_blur
 from dinofast.ops.rows import normalize_rows
 from dinofast.types import Features, Scores
 
@@ -52,9 +52,9 @@ class MemoryBank(Model):
     Features may be float32, bfloat16 or float16; the bank and all distances are float32. Search is
     exhaustive, so the order of images and batches changes scores by float32 rounding at most.
 
-    Memory: the bank takes 4 · M · D bytes for M patches. `fit` holds the bank, one batch and at most 64 MiB
-    more; for features on another device, the growing bank is on the host. `merge` and `partial_fit` hold
-    the result beside what there was before.
+    Memory: the bank takes 4 · M · D bytes for M patches. `fit` holds the bank, one batch with its
+    temporaries and at most 64 MiB more; for features on another device, the growing bank is on the host.
+    `merge` and `partial_fit` hold the result beside what there was before.
 
     Raises:
         InputError: a parameter out of range.
@@ -223,15 +223,21 @@ class MemoryBank(Model):
     def _patch_scores(self, tensor: Tensor) -> Tensor:
         mask = self._mask(tensor)
         queries = tensor.flatten(0, 2) if mask is None else tensor[mask]
-        metric = "sqeuclidean" if self.metric == "euclidean" else self.metric
-        distance = knn_topk(queries.float(), self.bank, self.n_neighbors, metric)[0].mean(dim=1)
-        if self.metric == "euclidean":
-            distance = distance.sqrt()
+        distance = self._distance(queries.float())
         if mask is None:
             return distance.view(tensor.shape[:3])
         scores = torch.zeros(mask.shape, device=tensor.device)
         scores[mask] = distance
         return scores
+
+    def _distance(self, queries: Tensor) -> Tensor:
+        """Score float32 queries (Q, D); gives (Q,)."""
+        k = self.n_neighbors
+        if self.metric == "euclidean":
+            return knn_topk(queries, self.bank, k, "sqeuclidean")[0].mean(dim=1).sqrt()
+        if k == 1:
+            return 1 - cosine_max(queries, self.bank)[0]
+        return knn_topk(queries, self.bank, k)[0].mean(dim=1)
 
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
         rule = COMPAT[self.compat]

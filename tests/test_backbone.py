@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import operator
+import socket
 import subprocess
 import sys
 import time
@@ -488,6 +489,14 @@ def test_an_unreachable_hub_names_the_three_ways_at_once(name, no_hub):
     assert time.monotonic() - started < 15
 
 
+def test_a_silent_hub_is_not_waited_for(no_hub, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(hub, "PROBE_SECONDS", 0.5)
+        with pytest.raises(BackboneError, match=r"(?s)timed out.*HF_ENDPOINT"):
+            load("dinov2-small", device="cpu")
+
+
 def test_a_gated_hub_names_the_three_ways(no_hub, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
@@ -496,6 +505,7 @@ def test_a_gated_hub_names_the_three_ways(no_hub, monkeypatch):
         raise GatedRepoError.__new__(GatedRepoError)
 
     assert issubclass(GatedRepoError, HfHubHTTPError)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(BackboneError, match=r"(?s)local path.*HF_TOKEN.*HF_ENDPOINT"):
         load("dinov3-vits16", device="cpu")

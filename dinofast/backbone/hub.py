@@ -31,6 +31,9 @@ NAMES = {
 """Short name -> hub id."""
 
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+PROBE_SECONDS = 10
+"""How long a hub may take to answer at all; the hub's own client waits for ever on a silent one."""
+
 THREE_WAYS = (
     "Three ways to get weights: (1) a local path: pass the folder or the official .pth file, or set "
     "DINOFAST_BACKBONE to it; (2) a token: accept the license on the model's page and pass token=... or set "
@@ -143,21 +146,15 @@ def from_hub(repo: str, token: str | None) -> Any:
 
 
 def _download(repo: str, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     # whichever HTTP client the hub uses, its own error is a base of the hub's
     failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+    endpoint = os.environ.get("HF_ENDPOINT") or None
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                token=token,
-                allow_patterns=_FILES,
-                etag_timeout=5,
-                endpoint=os.environ.get("HF_ENDPOINT") or None,
-            )
-        )
+        HfApi(endpoint=endpoint, token=token).model_info(repo, timeout=PROBE_SECONDS)
+        return Path(snapshot_download(repo, token=token, allow_patterns=_FILES, endpoint=endpoint))
     except failures as error:
         raise BackboneError(f"{repo}: cannot be fetched ({_first_line(error)}). {THREE_WAYS}") from error
 

@@ -27,9 +27,14 @@ MAY_IMPORT = {
     "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
-    "demo": LEAVES | {"backbone", "data", "detector", "imaging", "metrics", "models", "progress", "report"},
-    "cli": LEAVES
-    | {"backbone", "data", "demo", "detector", "metrics", "models", "ops", "progress", "report"},
+    "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
+    "output": LEAVES | {"data", "detector", "figures", "progress"},
+    "info": {"ops"},
+    "demo": LEAVES
+    | {"backbone", "calibrate", "data", "detector", "evaluate", "figures", "progress", "report"},
+    "commands": LEAVES
+    | {"backbone", "data", "demo", "detector", "evaluate", "info", "models", "output", "progress"},
+    "cli": {"commands"},
     "kernels": set(),
 }
 ONLY_HERE = {"torch.compile": "backbone", "_native": "ops/providers.py", "_cuda": "ops/providers.py"}

@@ -1,0 +1,338 @@
+"""What `dinofast demo | fit | predict | evaluate | info` do with their arguments, and how they print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from dinofast.errors import DinofastError, InputError
+from dinofast.progress import Progress, rich_progress
+
+app = typer.Typer(
+    help="DINO patch features to anomaly maps: learn what is normal, map what is not.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FAILED, INTERRUPTED = 1, 130
+"""Exit codes: something could not be used (the message says what); Ctrl-C. Usage errors exit with 2."""
+
+Images = Annotated[
+    list[str], typer.Argument(help="Images: files, folders, globs, NIfTI volumes (.nii, .nii.gz).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, naming each.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time [default: from free memory].")]
+BackboneName = Annotated[
+    str, typer.Option(help="auto, a short name (dinov2-small), a hub id, a folder, a .pth file, random:NAME.")
+]
+DetectorFile = Annotated[Path, typer.Argument(help="A detector saved by `dinofast fit`.")]
+Axis = Annotated[str, typer.Option(help="Slicing of volumes: axial, coronal or sagittal.")]
+Window = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="Intensities LOW HIGH of volumes shown as black and white [default: 0.5 and 99.5 %]."),
+]
+NonFinite = Annotated[str, typer.Option(help="NaN voxels: error, or zero.")]
+
+
+class Level(str, Enum):
+    """What a threshold is for."""
+
+    pixel = "pixel"
+    image = "image"
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="brain (embedded) or lung-ct (fetches 70 MB once) [default: both]."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report, maps and overlays.")] = Path(
+        "demo-output"
+    ),
+    backbone: BackboneName = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Run the main job on real scans: fit, calibrate, score, report."""
+    from dinofast.data.demo import NAMES
+    from dinofast.demo import run, tables
+
+    with _progress(as_json) as progress:
+        result = run(data or NAMES, output, backbone=backbone, progress=progress)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    console = Console()
+    console.print(f"backbone: {result.backbone}", markup=False)
+    for found in result.sets:
+        console.print(
+            f"\n{found.name}: {found.citation} License: {found.license}.", markup=False, highlight=False
+        )
+        for table in tables(found):
+            _print_table(
+                console, table.caption, list(table.head), [list(map(str, row)) for row in table.rows]
+            )
+        console.print(f"maps {found.map_file}", markup=False, highlight=False)
+    for name, reason in result.skipped.items():
+        console.print(f"\n{name} was skipped: {reason}", markup=False)
+    console.print(f"\npeak memory {result.peak_memory / 2**20:.0f} MiB", highlight=False)
+    pixel = result.sets[0].evaluation.pixel
+    assert pixel is not None
+    print(f"pixel AUROC {pixel.auroc:.2f} · AUPR {pixel.aupr:.2f} · report {result.report}")
+
+
+@app.command()
+def fit(
+    images: Images,
+    out: Annotated[Path, typer.Option(help="Detector file to write (.safetensors).")],
+    backbone: BackboneName = "auto",
+    model: Annotated[str, typer.Option(help="Model by name.")] = "memory_bank",
+    param: Annotated[
+        list[str] | None, typer.Option(help="Model parameter NAME=VALUE, such as n_neighbors=3; repeatable.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of the smaller edge [default: the backbone's].")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks to tap, such as 8,11 [default: the last].")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many images, in sorted order.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which run of --shots; seed of calibration.")] = 0,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Also learn each image turned by 45° steps.")
+    ] = False,
+    calibrate: Annotated[
+        list[str] | None, typer.Option(help="Other normal images, for the threshold; repeatable.")
+    ] = None,
+    cross_fit: Annotated[
+        int | None, typer.Option(min=2, help="Calibrate on the images of the fit, in this many parts.")
+    ] = None,
+    fpr: Annotated[float, typer.Option(help="Wanted share of false alarms.")] = 0.05,
+    level: Annotated[Level, typer.Option(help="What the threshold is for.")] = Level.pixel,
+    axis: Axis = "axial",
+    window: Window = None,
+    nonfinite: NonFinite = "error",
+    batch_size: BatchSize = None,
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn what is normal from normal images, and save a detector."""
+    from dinofast import backbone as backbones
+    from dinofast import data, models
+    from dinofast.detector import Detector
+
+    if calibrate and cross_fit:
+        raise typer.BadParameter("give --calibrate or --cross-fit, not both")
+    reading: dict[str, Any] = {"axis": axis, "window": window, "nonfinite": nonfinite}
+    work: dict[str, Any] = {"batch_size": batch_size, "skip_bad": skip_bad}
+    listed = data.samples(images, **reading)
+    listed = listed if shots is None else data.shots(listed, shots, seed)
+    tapped = None if layers is None else [int(block) for block in layers.split(",")]
+    detector = Detector(
+        backbones.load(backbone, size=size, layers=tapped),
+        models.create(model, **dict(_parameter(p) for p in param or [])),
+        seed=seed,
+    )
+    with _progress(as_json) as progress:
+        detector.fit(listed, rotate=rotate, progress=progress, **work)
+        if cross_fit or calibrate:
+            normal = listed if cross_fit else data.samples(calibrate, **reading)
+            detector.calibrate(
+                normal, fpr=fpr, level=level.value, cross_fit=cross_fit, progress=progress, **work
+            )
+    detector.save(out)
+    found = {
+        "detector": str(out),
+        "images": len(listed),
+        "backbone": detector.backbone.describe(),
+        "model": repr(detector.model),
+        "thresholds": {name: threshold.to_dict() for name, threshold in detector.thresholds.items()},
+    }
+    if as_json:
+        _print_json(found)
+        return
+    print(f"{found['backbone']}\n{found['model']} learned {len(listed)} images")
+    for threshold in detector.thresholds.values():
+        print(threshold)
+    print(f"detector {out}")
+
+
+@app.command()
+def predict(
+    detector: DetectorFile,
+    images: Images,
+    out: Annotated[Path, typer.Option(help="Folder for maps, overlays and scores.json.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is now [default: as in the fit].")
+    ] = None,
+    axis: Axis = "axial",
+    window: Window = None,
+    nonfinite: NonFinite = "error",
+    batch_size: BatchSize = None,
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score images and write an anomaly map for each; volumes keep their affine and shape."""
+    from dinofast import data
+    from dinofast.detector import Detector
+    from dinofast.output import write_predictions
+
+    found = Detector.load(detector, backbone=backbone)
+    with _progress(as_json) as progress:
+        listed = data.samples(images, axis=axis, window=window, nonfinite=nonfinite)
+        rows = write_predictions(
+            found, listed, out, batch_size=batch_size, skip_bad=skip_bad, progress=progress
+        )
+    if as_json:
+        _print_json({"output": str(out), "seconds": found.seconds, "images": rows})
+        return
+    console = Console()
+    columns = ["source", "score", *(["anomalous"] if "image" in found.thresholds else [])]
+    cells = [[r["source"], f"{r['score']:.4f}", str(r["is_anomalous"])][: len(columns)] for r in rows]
+    _print_table(console, f"{len(rows)} images", columns, cells)
+    if "pixel" not in found.thresholds:
+        print("no overlays: the detector has no pixel threshold (dinofast fit --calibrate or --cross-fit)")
+    print(f"maps {out}")
+
+
+@app.command()
+def evaluate(
+    detector: DetectorFile,
+    root: Annotated[
+        Path, typer.Argument(help="Labeled tree: good/ and bad/, or MVTec's train, test, ground_truth.")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="train or test [default: test where there is one].")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is now [default: as in the fit].")
+    ] = None,
+    batch_size: BatchSize = None,
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score labeled images: AUROC, AUPR and average precision of images and pixels."""
+    from dinofast import data
+    from dinofast.detector import Detector
+    from dinofast.evaluate import evaluate as run
+
+    found = Detector.load(detector, backbone=backbone)
+    chosen = split or ("test" if (root / "test").is_dir() else None)
+    with _progress(as_json) as progress:
+        listed = data.check(data.folder(root, chosen), skip_bad=skip_bad)
+        result = run(found, listed, batch_size=batch_size, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    rankings = {"image": result.image, "pixel": result.pixel}
+    rows = [
+        [
+            name,
+            f"{r.auroc:.4f}",
+            f"{r.aupr:.4f}",
+            f"{r.average_precision:.4f}",
+            f"{r.n_anomalous}/{r.n_normal}",
+        ]
+        for name, r in rankings.items()
+        if r is not None
+    ]
+    if not rows:
+        raise InputError(
+            f"{root}: {result.n_images} images of one kind only; AUROC needs normal and anomalous ones"
+        )
+    head = ["level", "AUROC", "AUPR", "average precision", "anomalous/normal"]
+    _print_table(Console(), f"{result.n_images} images", head, rows)
+    print(
+        ", ".join(f"{stage} {1e3 * spent:.1f} ms" for stage, spent in result.seconds.items()) + " per image"
+    )
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """List versions, devices, instruction set, and which backend computes what, or why it cannot."""
+    from dinofast.info import info as collect
+
+    found = collect()
+    if as_json:
+        _print_json(found)
+        return
+    console = Console()
+    plain = [
+        [name, ", ".join(v) if isinstance(v, list) else str(v)]
+        for name, v in found.items()
+        if not isinstance(v, dict)
+    ]
+    _print_table(console, "dinofast", ["", ""], plain)
+    _print_table(console, "backends", ["backend", "state"], [[k, v] for k, v in found["backends"].items()])
+    _print_table(
+        console,
+        "operators",
+        ["operator", "kernels"],
+        [[k, ", ".join(v)] for k, v in found["operators"].items()],
+    )
+    _print_table(console, "packages", ["package", "version"], [[k, v] for k, v in found["packages"].items()])
+
+
+def run() -> None:
+    """Run the command line; errors that a person can mend are one message on stderr and exit code 1."""
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        app()
+    except DinofastError as error:
+        print(f"dinofast: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        print("dinofast: stopped; finished files are whole, nothing half-written is left", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    if quiet:
+        yield None
+    else:
+        with rich_progress() as progress:
+            yield progress
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; the value is JSON where it can be, else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"--param {text}: give NAME=VALUE, such as n_neighbors=3")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+
+
+def _print_table(console: Console, caption: str, head: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=caption, title_justify="left", title_style="bold")
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False, markup=False)

@@ -5,6 +5,7 @@ What cannot be loaded stays in `MISSING` with its reason.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from dinofast.ops.cosine_max import _fake as cosine_max_results
 from dinofast.ops.registry import MISSING, Kernel, provide
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def build() -> str:
@@ -25,61 +29,107 @@ def build() -> str:
 def _absent(error: ImportError) -> str:
     if build() == "not built":
         return "this source tree is not built; run pip install -e ."
-    return f"{error} (the build was {build()!r})"
+    return f"{error} (DINOFAST_BUILD was {build()})"
 
 
-def _refuse_dtype(features: Tensor, prototypes: Tensor) -> str | None:
+def _refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
     if features.dtype not in _DTYPES:
         return f"wants float32, bfloat16 or float16, got {features.dtype}"
-    if prototypes.shape[0] >= 1 << 31:
-        return f"wants K < 2**31, got {prototypes.shape[0]}"
+    if max(features.shape[0], prototypes.shape[0]) >= 1 << 31:
+        return f"wants fewer than 2**31 rows, got {features.shape[0]} and {prototypes.shape[0]}"
     return None
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def _dense(x: Tensor) -> Tensor:
+    """Give the matrix with contiguous channels; its rows may be strided."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+def _matrix(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.shape[0], x.stride(0)
+
 
 try:
     from dinofast import _native
 except ImportError as error:
     MISSING["cpu"] = _absent(error)
 else:
-    _NATIVE_ELEMENT = {
-        torch.float32: _native.FLOAT32,
-        torch.bfloat16: _native.BFLOAT16,
-        torch.float16: _native.FLOAT16,
-    }
+    _NATIVE_ELEMENTS = dict(zip(_DTYPES, (_native.FLOAT32, _native.BFLOAT16, _native.FLOAT16), strict=True))
     _threads = torch.get_num_threads
 
     def _pin_threads() -> None:
         """Compute in one thread from now on: OpenMP's other threads did not survive the fork."""
         global _threads
-        _threads = _one
-
-    def _one() -> int:
-        return 1
+        _threads = lambda: 1  # noqa: E731
 
     os.register_at_fork(after_in_child=_pin_threads)
 
     def _cosine_max_cpu(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         similarity, index = cosine_max_results(features, prototypes)
-        features, prototypes = _dense_rows(features), _dense_rows(prototypes)
+        features, prototypes = _dense(features), _dense(prototypes)
         _native.cosine_max(
-            features.data_ptr(),
-            features.shape[0],
-            features.stride(0),
-            prototypes.data_ptr(),
-            prototypes.shape[0],
-            prototypes.stride(0),
+            *_matrix(features),
+            *_matrix(prototypes),
             features.shape[1],
-            _NATIVE_ELEMENT[features.dtype],
+            _NATIVE_ELEMENTS[features.dtype],
             similarity.data_ptr(),
             index.data_ptr(),
             _threads(),
         )
         return similarity, index
 
-    provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, _refuse_dtype))
+    provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, _refuse_cosine_max))
+
+
+try:
+    from dinofast import _cuda
+except ImportError as error:
+    MISSING["cuda"] = _absent(error)
+else:
+    _CUDA_ELEMENTS = dict(zip(_DTYPES, (_cuda.FLOAT32, _cuda.BFLOAT16, _cuda.FLOAT16), strict=True))
+
+    def _cosine_max_cuda(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+        similarity, index = cosine_max_results(features, prototypes)
+        features, prototypes = _dense(features), _dense(prototypes)
+        rows = features.shape[0] + prototypes.shape[0]
+        keys = torch.empty(features.shape[0], dtype=torch.int64, device=features.device)
+        scales = torch.empty((rows, 2), dtype=torch.float32, device=features.device)
+        with torch.cuda.device(features.device):
+            _cuda.cosine_max(
+                *_matrix(features),
+                *_matrix(prototypes),
+                features.shape[1],
+                _CUDA_ELEMENTS[features.dtype],
+                similarity.data_ptr(),
+                index.data_ptr(),
+                keys.data_ptr(),
+                scales.data_ptr(),
+                features.device.index,
+                torch.cuda.current_stream().cuda_stream,
+            )
+        return similarity, index
+
+    if _cuda.driver_problem():
+        MISSING["cuda"] = _cuda.driver_problem()
+    else:
+        provide("cosine_max", Kernel("cuda", ("cuda",), _cosine_max_cuda, _refuse_cosine_max))
+
+
+def _cosine_max_triton(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    from dinofast.kernels.cosine_max import cosine_max  # loads Triton, which takes 0.2 s, at the first call
+
+    similarity, index = cosine_max_results(features, prototypes)
+    with torch.cuda.device(features.device if features.is_cuda else -1):
+        cosine_max(_dense(features), _dense(prototypes), similarity, index)
+    return similarity, index
+
+
+if importlib.util.find_spec("triton") is None:
+    MISSING["triton"] = "triton is not installed; pip install 'dinofast[triton]'"
+elif importlib.util.find_spec("dinofast.kernels") is None:
+    MISSING["triton"] = "dinofast.kernels is not installed; run pip install -e ."
+elif torch.version.cuda is None and not _INTERPRETED:
+    MISSING["triton"] = "this torch has no CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+else:
+    _DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+    provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max_triton, _refuse_cosine_max))

@@ -1,0 +1,32 @@
+# Each target sets up what it needs. Another interpreter: make PYTHON=python3.12 test
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+BUILD_FILES := pyproject.toml setup.py .ci/setup .ci/constraints.txt $(shell find csrc kernels -type f -not -name '*.pyc')
+export PYTHON
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.demo  ## run the main job on real images; writes demo-output/report.html
+	$(VENV)/bin/dinofast demo
+
+test: $(VENV)/.dev  ## pass all tests
+	$(PY) -m pytest
+
+bench: $(VENV)/.bench  ## measure against torch, numpy and faiss; results in .benchmarks/
+	$(PY) -m pytest bench/
+
+lint: $(VENV)/.dev  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(BUILD_FILES)
+	.ci/setup $(VENV) $(patsubst dev,dev$(comma)triton,$(patsubst bench,bench$(comma)demo,$*))
+	touch $@
+
+comma := ,
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build dist *.egg-info demo-output .benchmarks dinofast/_native*.so dinofast/_cuda*.so dinofast/_build.json

@@ -384,7 +384,9 @@ def test_lung_ct_is_the_scan_that_was_published(monkeypatch: pytest.MonkeyPatch,
         assert 0.5 < inside.mean() < 0.8
     places = [s.volume.index for s in lung.fit if s.volume]
     assert len(places) == 47
-    assert all(i < 142 or i > 191 for i in places)
+    calibration = [s.volume.index for s in lung.calibrate if s.volume]
+    assert not set(places) & set(calibration)
+    assert all(i < 142 or i > 191 for i in places + calibration)
 
     def offline(*_: Any, **__: Any) -> Any:
         raise requests.ConnectionError("unreachable")

@@ -11,6 +11,7 @@ import torch
 from nibabel import orientations
 
 from dinofast import data
+from dinofast.data import nifti
 from dinofast.data.nifti import Volume
 from dinofast.errors import BadFilesError, InputError
 
@@ -167,6 +168,16 @@ def test_chosen_slices_and_zeros_elsewhere(tmp_path: Path) -> None:
     assert not found[..., [0, 2, 3, 5, 6]].any()
 
 
+def test_the_display_range_of_the_input_is_not_kept(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(voxels(), affine("RAS"))
+    image.header["cal_min"], image.header["cal_max"] = 100, 900
+    nibabel.save(image, tmp_path / "a.nii")
+    stack = data.volume(tmp_path / "a.nii")
+    stack.write(np.ones(stack.stack_shape), tmp_path / "map.nii")
+    header = nibabel.load(tmp_path / "map.nii").header
+    assert (header["cal_min"], header["cal_max"]) == (0, 0)
+
+
 def test_the_same_maps_give_the_same_bytes(tmp_path: Path) -> None:
     stack = data.volume(save(tmp_path / "a.nii.gz", voxels()))
     for name in ("one.nii.gz", "two.nii.gz"):
@@ -223,6 +234,9 @@ def test_one_bad_volume_is_reported_once_and_skipped_whole(tmp_path: Path) -> No
         data.check(data.samples(tmp_path))
     assert list(error.value.files) == [str(path)]
     assert {s.path for s in data.check(data.samples(tmp_path), skip_bad=True)} == {good}
+    nifti._pixels.cache_clear()
+    data.check(data.samples(tmp_path), skip_bad=True)
+    assert nifti._pixels.cache_info().misses == 2
 
 
 def test_a_text_file_is_no_volume(tmp_path: Path) -> None:
@@ -352,8 +366,6 @@ def test_a_folder_that_cannot_be_written_to(stack: Volume, tmp_path: Path) -> No
 
 
 def test_only_two_volumes_stay_in_memory(tmp_path: Path) -> None:
-    from dinofast.data import nifti
-
     nifti._pixels.cache_clear()
     for i in range(5):
         save(tmp_path / f"{i}.nii", voxels(seed=i))

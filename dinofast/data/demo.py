@@ -114,8 +114,9 @@ def lung_ct(progress: Progress | None = None) -> DemoSet:
 
     236 axial slices of 512×512, 1.25 mm apart, a tumor in 42 of them; shown in the soft-tissue window that
     the DICOM files ask for, −160 to 240 HU. For the fit every fourth slice is taken that lies more than 5 mm
-    (4 slices) from the nearest one with tumor, for calibration those in the middle between them: nearer neighbors show nearly the same, and an outline drawn
-    slice by slice may miss the tumor's ends. Maps are judged inside the body, without air and table.
+    (4 slices) from the nearest one with tumor: nearer neighbors show nearly the same, and an outline drawn
+    slice by slice may miss the tumor's ends. For calibration the slices midway between those are taken.
+    Maps are judged inside the body, without air and table.
 
     Volumes are kept as NIfTI in `dinofast.data.fetch.cache()`, so that a second call needs no network.
 

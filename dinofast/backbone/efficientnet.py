@@ -17,9 +17,9 @@ TAPS = (4, 7, 10)
 class EfficientNetLite0(nn.Module):
     """Mid-level features on a grid of one cell for each 16 x 16 pixels.
 
-    Tapped blocks are brought to the grid (stride 8 by a 2 x 2 average), each cell is averaged with its 3 x 3
-    neighborhood as PatchCore does, and the taps are concatenated: 40 + 80 + 112 = 232 channels by default.
-    There is no class token.
+    Tapped blocks are brought to the grid (stride 8 by a 2 x 2 average) and concatenated: 40 + 80 + 112 = 232
+    channels by default. There is no class token. Averaging over neighboring cells is PatchCore's step, not
+    the backbone's.
 
     Args:
         layers: blocks to tap, 3 to 10; None is `TAPS`.
@@ -30,7 +30,6 @@ class EfficientNetLite0(nn.Module):
 
     References:
         Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, 2019.
-        Roth et al., Towards Total Recall in Industrial Anomaly Detection, 2022.
     """
 
     kind = "efficientnet-lite0"
@@ -71,6 +70,5 @@ class EfficientNetLite0(nn.Module):
         for index, block in enumerate(self.blocks):
             x = block(x)
             if index in self.layers:
-                tap = F.avg_pool2d(x, x.shape[-1] * self.patch_size // pixels.shape[-1])
-                taps[index] = F.avg_pool2d(tap, 3, 1, 1, count_include_pad=False)
+                taps[index] = F.avg_pool2d(x, x.shape[-1] * self.patch_size // pixels.shape[-1])
         return torch.cat([taps[index] for index in self.layers], 1).movedim(1, -1), None

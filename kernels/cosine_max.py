@@ -81,13 +81,15 @@ def cosine_max(features: Tensor, prototypes: Tensor, similarity: Tensor, index: 
     parts = triton.cdiv(k, share)
     scales = []
     for rows in (features, prototypes):
-        first, second = (torch.empty(rows.shape[0], device=rows.device) for _ in range(2))
+        first, second = (
+            torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device) for _ in range(2)
+        )
         row_scales[(triton.cdiv(rows.shape[0], SCALE_ROWS),)](
             rows, rows.shape[0], d, rows.stride(0), first, second, SCALE_ROWS, SCALE_DEPTH, **OPTIONS
         )
         scales += [first, second]
-    values = torch.empty((parts, n), device=features.device)
-    indices = torch.empty((parts, n), device=features.device, dtype=torch.int32)
+    values = torch.empty((parts, n), dtype=torch.float32, device=features.device)
+    indices = torch.empty((parts, n), dtype=torch.int32, device=features.device)
     best[(blocks, parts)](
         features, prototypes, *scales, values, indices,
         n, k, d, features.stride(0), prototypes.stride(0), share,

@@ -65,7 +65,7 @@ def row_scales(rows, n, d, stride, first, second, ROWS: tl.constexpr, DEPTH: tl.
     for start in range(0, d, DEPTH):
         x = load_rows(rows, row, start + tl.arange(0, DEPTH), n, d, stride).to(tl.float32) * factor[:, None]
         total += tl.sum(x * x, 1)
-    unit = tl.where(total == 0, 0.0, 1.0 / tl.sqrt(tl.where(total == 0, 1.0, total)))
+    unit = tl.where(total == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(total == 0, 1.0, total))))
     unit = tl.where(broken > 0, float("nan"), unit)
     tl.store(first + row, tl.where(broken > 0, 1.0, factor), mask=row < n)
     tl.store(second + row, unit, mask=row < n)

@@ -10,7 +10,8 @@
 namespace dinofast {
 
 constexpr int DEPTH = 64;
-constexpr int MAX_ROWS = 16;  // no register tile has more rows
+constexpr int CHUNK = 8 * DEPTH;  // channels summed into one accumulator: fewer rounding errors in long rows
+constexpr int MAX_ROWS = 16;      // no register tile has more rows
 
 struct Tile {
     const char* name;  // instruction set
@@ -23,8 +24,8 @@ struct Tile {
 
     // Compare every row of the tile with `columns` columns, the first of which is number `first`: where a
     // product exceeds value[row], replace value[row] and index[row]. Equal products keep the smaller index
-    // when calls come in ascending order of columns. Each product is summed in the order of the channels,
-    // wherever row and column stand.
+    // when calls come in ascending order of columns. The order in which the channels of a product are summed
+    // does not depend on where row and column stand.
     void (*best)(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
                  float* value, int32_t* index);
 };

@@ -12,6 +12,7 @@ struct Avx512 {
 
     static Float set(float x) { return _mm512_set1_ps(x); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
+    static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
     static __mmask16 first_lanes(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
     static Float keep(Float x, int n) {

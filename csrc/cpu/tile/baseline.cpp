@@ -1,4 +1,5 @@
 // The definition, in plain C++; what every other file in this folder computes faster.
+#include <algorithm>
 #include <cmath>
 
 #include "../tile.h"
@@ -24,10 +25,16 @@ void best(const float* tile, const float* panels, int64_t columns, int64_t d, in
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         float product[ROWS][COLUMNS] = {};
         const float* b = panels + column * d;
-        for (int64_t k = 0; k < d; ++k, b += COLUMNS) {
-            const float* a = tile + k / DEPTH * DEPTH * ROWS + k % DEPTH;
+        for (int64_t start = 0; start < d; start += CHUNK) {
+            float sum[ROWS][COLUMNS] = {};
+            for (int64_t k = start; k < std::min(start + CHUNK, d); ++k, b += COLUMNS) {
+                const float* a = tile + k / DEPTH * DEPTH * ROWS + k % DEPTH;
+                for (int r = 0; r < ROWS; ++r) {
+                    for (int c = 0; c < COLUMNS; ++c) sum[r][c] += a[r * DEPTH] * b[c];
+                }
+            }
             for (int r = 0; r < ROWS; ++r) {
-                for (int c = 0; c < COLUMNS; ++c) product[r][c] += a[r * DEPTH] * b[c];
+                for (int c = 0; c < COLUMNS; ++c) product[r][c] += sum[r][c];
             }
         }
         for (int r = 0; r < ROWS; ++r) {

@@ -26,17 +26,28 @@ void register_tile_best(const float* tile, const float* panels, int64_t columns,
         Float left[ROWS], right[ROWS];
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) left[r] = right[r] = V::set(0);
-        for (int64_t run = 0; run < d; run += DEPTH) {
-            const float* a = tile + run * ROWS;
-            const int64_t depth = d - run < DEPTH ? d - run : DEPTH;
-            for (int64_t k = 0; k < depth; ++k, b += WIDTH) {
-                const Float b_left = V::load(b), b_right = V::load(b + LANES);
+        for (int64_t start = 0; start < d; start += CHUNK) {
+            const int64_t stop = d - start < CHUNK ? d : start + CHUNK;
+            Float sum_left[ROWS], sum_right[ROWS];
 #pragma GCC unroll 16
-                for (int r = 0; r < ROWS; ++r) {
-                    const Float x = V::set(a[r * DEPTH + k]);
-                    left[r] = V::multiply_add(x, b_left, left[r]);
-                    right[r] = V::multiply_add(x, b_right, right[r]);
+            for (int r = 0; r < ROWS; ++r) sum_left[r] = sum_right[r] = V::set(0);
+            for (int64_t run = start; run < stop; run += DEPTH) {
+                const float* a = tile + run * ROWS;
+                const int64_t depth = stop - run < DEPTH ? stop - run : DEPTH;
+                for (int64_t k = 0; k < depth; ++k, b += WIDTH) {
+                    const Float b_left = V::load(b), b_right = V::load(b + LANES);
+#pragma GCC unroll 16
+                    for (int r = 0; r < ROWS; ++r) {
+                        const Float x = V::set(a[r * DEPTH + k]);
+                        sum_left[r] = V::multiply_add(x, b_left, sum_left[r]);
+                        sum_right[r] = V::multiply_add(x, b_right, sum_right[r]);
+                    }
                 }
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                left[r] = V::add(left[r], sum_left[r]);
+                right[r] = V::add(right[r], sum_right[r]);
             }
         }
         const int32_t number = first + static_cast<int32_t>(column);

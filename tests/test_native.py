@@ -1,0 +1,75 @@
+"""The native modules are there unless the build was made without them, and setup.py says what it misses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinofast.ops import MISSING
+from dinofast.ops.providers import build
+from dinofast.ops.registry import OPS
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+
+def backends(name):
+    return [kernel.backend for kernel in OPS[name].kernels]
+
+
+def test_native_is_there_unless_the_build_was_pure_python():
+    assert build() in ("python", "cpu", "cuda"), "this tree is not built: pip install -e ."
+    if build() == "python":
+        assert "DINOFAST_BUILD was python" in MISSING["cpu"]
+        assert "cpu" not in backends("cosine_max")
+        return
+    assert "cpu" not in MISSING
+    assert backends("cosine_max")[0] == "cpu"
+
+
+def test_cuda_module_imports_without_a_gpu():
+    if build() != "cuda":
+        assert "cuda" in MISSING
+        return
+    from dinofast import _cuda
+
+    problem = _cuda.driver_problem()
+    assert MISSING.get("cuda", "") == problem
+    assert ("cuda" in backends("cosine_max")) == (problem == "")
+
+
+def plan(tmp_path, **environment):
+    """Run setup.py as far as its decision, with no tool on the PATH."""
+    keep = {name: value for name, value in os.environ.items() if name not in ("CXX", "DINOFAST_BUILD")}
+    return subprocess.run(
+        [sys.executable, str(SETUP), "--name"],
+        env={**keep, "PATH": str(tmp_path), **environment},
+        cwd=SETUP.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
+def test_without_a_compiler_the_plan_is_pure_python_and_says_so(tmp_path):
+    run = plan(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "a C++ compiler" in run.stdout
+    assert "slower" in run.stdout
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
+@pytest.mark.parametrize("wanted", ["cpu", "cuda"])
+def test_an_explicit_build_is_never_downgraded(tmp_path, wanted):
+    run = plan(tmp_path, DINOFAST_BUILD=wanted)
+    assert run.returncode != 0
+    assert f"DINOFAST_BUILD={wanted}: not found: a C++ compiler" in run.stderr
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
+def test_an_unknown_build_is_refused(tmp_path):
+    run = plan(tmp_path, DINOFAST_BUILD="fast")
+    assert run.returncode != 0
+    assert "DINOFAST_BUILD=fast: unknown; one of python, cpu, cuda" in run.stderr

@@ -26,6 +26,15 @@ def build() -> str:
     return str(json.loads(record.read_text())["build"]) if record.exists() else "not built"
 
 
+def instruction_set() -> str:
+    """Name what the native CPU kernels use: the best there is here, or `DINOFAST_ISA`; "none" without them.
+
+    Raises:
+        ValueError: `DINOFAST_ISA` names nothing that this processor has.
+    """
+    return "none" if "cpu" in MISSING else _native.isa()
+
+
 def _absent(error: ImportError) -> str:
     if build() == "not built":
         return "this source tree is not built; run pip install -e ."

@@ -35,10 +35,14 @@ def instruction_set() -> str:
     return "none" if "cpu" in MISSING else _native.isa()
 
 
-def _absent(error: ImportError) -> str:
-    if build() == "not built":
+def _absent(error: ImportError, tool: str) -> str:
+    """Say why a module is missing: the build did not make it, or it is there and cannot be loaded."""
+    made = build()
+    if made == "not built":
         return "this source tree is not built; run pip install -e ."
-    return f"{error} (DINOFAST_BUILD was {build()})"
+    if made == "cuda" or (made == "cpu" and tool != "nvcc"):
+        return str(error)
+    return f"built without it (no {tool} found, or DINOFAST_BUILD={made}); install {tool} and reinstall"
 
 
 def _refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
@@ -61,7 +65,7 @@ def _matrix(x: Tensor) -> tuple[int, int, int]:
 try:
     from dinofast import _native
 except ImportError as error:
-    MISSING["cpu"] = _absent(error)
+    MISSING["cpu"] = _absent(error, "C++ compiler")
 else:
     _NATIVE_ELEMENTS = dict(zip(_DTYPES, (_native.FLOAT32, _native.BFLOAT16, _native.FLOAT16), strict=True))
     _threads = torch.get_num_threads
@@ -93,7 +97,7 @@ else:
 try:
     from dinofast import _cuda
 except ImportError as error:
-    MISSING["cuda"] = _absent(error)
+    MISSING["cuda"] = _absent(error, "nvcc")
 else:
     _CUDA_ELEMENTS = dict(zip(_DTYPES, (_cuda.FLOAT32, _cuda.BFLOAT16, _cuda.FLOAT16), strict=True))
 

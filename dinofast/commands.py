@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table
 
 from dinofast.errors import DinofastError, InputError
 from dinofast.progress import Progress, rich_progress
+
+if TYPE_CHECKING:
+    from dinofast.models.base import Model
 
 app = typer.Typer(
     help="DINO patch features to anomaly maps: learn what is normal, map what is not.",
@@ -42,12 +45,18 @@ BackboneName = Annotated[
     str, typer.Option(help="auto, a short name (dinov2-small), a hub id, a folder, a .pth file, random:NAME.")
 ]
 DetectorFile = Annotated[Path, typer.Argument(help="A detector saved by `dinofast fit`.")]
-Axis = Annotated[str, typer.Option(help="Slicing of volumes: axial, coronal or sagittal.")]
+Axis = Annotated[
+    str | None,
+    typer.Option(help="Slicing of volumes: axial, coronal, sagittal [default: axial; later, as in the fit]."),
+]
 Window = Annotated[
     tuple[float, float] | None,
-    typer.Option(help="Intensities LOW HIGH of volumes shown as black and white [default: 0.5 and 99.5 %]."),
+    typer.Option(
+        help="Intensities LOW HIGH of volumes shown as black and white "
+        "[default: 0.5 and 99.5 %; later, as in the fit]."
+    ),
 ]
-NonFinite = Annotated[str, typer.Option(help="NaN voxels: error, or zero.")]
+NonFinite = Annotated[str, typer.Option(help="NaN and infinite voxels: error, or zero.")]
 
 
 class Level(str, Enum):
@@ -78,7 +87,7 @@ def demo(
     if as_json:
         _print_json(asdict(result))
         return
-    console = Console()
+    console = _console()
     console.print(f"backbone: {result.backbone}", markup=False)
     for found in result.sets:
         console.print(
@@ -107,7 +116,7 @@ def fit(
         list[str] | None, typer.Option(help="Model parameter NAME=VALUE, such as n_neighbors=3; repeatable.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of the smaller edge [default: the backbone's].")
+        int | None, typer.Option(min=1, help="Pixels of the smaller edge [default: the backbone's].")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Blocks to tap, such as 8,11 [default: the last].")
@@ -127,7 +136,7 @@ def fit(
     ] = None,
     fpr: Annotated[float, typer.Option(help="Wanted share of false alarms.")] = 0.05,
     level: Annotated[Level, typer.Option(help="What the threshold is for.")] = Level.pixel,
-    axis: Axis = "axial",
+    axis: Axis = None,
     window: Window = None,
     nonfinite: NonFinite = "error",
     batch_size: BatchSize = None,
@@ -136,32 +145,34 @@ def fit(
 ) -> None:
     """Learn what is normal from normal images, and save a detector."""
     from dinofast import backbone as backbones
-    from dinofast import data, models
+    from dinofast import data
     from dinofast.detector import Detector
 
     if calibrate and cross_fit:
         raise typer.BadParameter("give --calibrate or --cross-fit, not both")
-    reading: dict[str, Any] = {"axis": axis, "window": window, "nonfinite": nonfinite}
+    if not 0 < fpr < 1:
+        raise typer.BadParameter(f"--fpr {fpr}: give a rate above 0 and below 1, such as 0.05")
+    tapped, params = _blocks(layers), dict(_parameter(p) for p in param or [])
     work: dict[str, Any] = {"batch_size": batch_size, "skip_bad": skip_bad}
+    reading = _reading(axis, window, nonfinite)
     listed = data.samples(images, **reading)
     listed = listed if shots is None else data.shots(listed, shots, seed)
-    tapped = None if layers is None else [int(block) for block in layers.split(",")]
-    detector = Detector(
-        backbones.load(backbone, size=size, layers=tapped),
-        models.create(model, **dict(_parameter(p) for p in param or [])),
-        seed=seed,
-    )
+    normal = data.samples(calibrate, **reading) if calibrate else listed if cross_fit else []
+    detector = Detector(backbones.load(backbone, size=size, layers=tapped), _model(model, params), seed=seed)
     with _progress(as_json) as progress:
         detector.fit(listed, rotate=rotate, progress=progress, **work)
-        if cross_fit or calibrate:
-            normal = listed if cross_fit else data.samples(calibrate, **reading)
-            detector.calibrate(
-                normal, fpr=fpr, level=level.value, cross_fit=cross_fit, progress=progress, **work
-            )
-    detector.save(out)
+        try:
+            if normal:
+                detector.calibrate(
+                    normal, fpr=fpr, level=level.value, cross_fit=cross_fit, progress=progress, **work
+                )
+        finally:  # what was learned is not lost when the images of the calibration cannot be used
+            detector.save(out)
+            if normal and not detector.thresholds:
+                print(f"{out} was saved without a threshold", file=sys.stderr)
     found = {
         "detector": str(out),
-        "images": len(listed),
+        "images": detector.n_images,
         "backbone": detector.backbone.describe(),
         "model": repr(detector.model),
         "thresholds": {name: threshold.to_dict() for name, threshold in detector.thresholds.items()},
@@ -169,7 +180,7 @@ def fit(
     if as_json:
         _print_json(found)
         return
-    print(f"{found['backbone']}\n{found['model']} learned {len(listed)} images")
+    print(f"{found['backbone']}\n{found['model']} learned {detector.n_images} images")
     for threshold in detector.thresholds.values():
         print(threshold)
     print(f"detector {out}")
@@ -183,7 +194,7 @@ def predict(
     backbone: Annotated[
         str | None, typer.Option(help="Where the backbone is now [default: as in the fit].")
     ] = None,
-    axis: Axis = "axial",
+    axis: Axis = None,
     window: Window = None,
     nonfinite: NonFinite = "error",
     batch_size: BatchSize = None,
@@ -197,14 +208,16 @@ def predict(
 
     found = Detector.load(detector, backbone=backbone)
     with _progress(as_json) as progress:
-        listed = data.samples(images, axis=axis, window=window, nonfinite=nonfinite)
+        listed = data.samples(images, **{**found.reading, **_reading(axis, window, nonfinite)})
         rows = write_predictions(
             found, listed, out, batch_size=batch_size, skip_bad=skip_bad, progress=progress
         )
     if as_json:
-        _print_json({"output": str(out), "seconds": found.seconds, "images": rows})
+        said = {"backbone": found.backbone.describe(), "seconds": found.seconds}
+        _print_json({"output": str(out), **said, "images": rows})
         return
-    console = Console()
+    console = _console()
+    print(found.backbone.describe())
     columns = ["source", "score", *(["anomalous"] if "image" in found.thresholds else [])]
     cells = [[r["source"], f"{r['score']:.4f}", str(r["is_anomalous"])][: len(columns)] for r in rows]
     _print_table(console, f"{len(rows)} images", columns, cells)
@@ -237,10 +250,10 @@ def evaluate(
     found = Detector.load(detector, backbone=backbone)
     chosen = split or ("test" if (root / "test").is_dir() else None)
     with _progress(as_json) as progress:
-        listed = data.check(data.folder(root, chosen), skip_bad=skip_bad)
+        listed = found.check(data.folder(root, chosen), skip_bad=skip_bad, progress=progress)
         result = run(found, listed, batch_size=batch_size, progress=progress)
     if as_json:
-        _print_json(result.to_dict())
+        _print_json({"backbone": found.backbone.describe(), **result.to_dict()})
         return
     rankings = {"image": result.image, "pixel": result.pixel}
     rows = [
@@ -258,8 +271,9 @@ def evaluate(
         raise InputError(
             f"{root}: {result.n_images} images of one kind only; AUROC needs normal and anomalous ones"
         )
+    print(found.backbone.describe())
     head = ["level", "AUROC", "AUPR", "average precision", "anomalous/normal"]
-    _print_table(Console(), f"{result.n_images} images", head, rows)
+    _print_table(_console(), f"{result.n_images} images", head, rows)
     print(
         ", ".join(f"{stage} {1e3 * spent:.1f} ms" for stage, spent in result.seconds.items()) + " per image"
     )
@@ -274,7 +288,7 @@ def info(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(found)
         return
-    console = Console()
+    console = _console()
     plain = [
         [name, ", ".join(v) if isinstance(v, list) else str(v)]
         for name, v in found.items()
@@ -293,14 +307,18 @@ def info(as_json: AsJson = False) -> None:
 
 def run() -> None:
     """Run the command line; errors that a person can mend are one message on stderr and exit code 1."""
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
+    handler: logging.Handler = logging.StreamHandler()
+    if sys.stderr.isatty():
+        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
         app()
     except DinofastError as error:
         print(f"dinofast: {error}", file=sys.stderr)
         sys.exit(FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns Ctrl-C into this exit code, without a word
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
         print("dinofast: stopped; finished files are whole, nothing half-written is left", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
@@ -314,6 +332,19 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
             yield progress
 
 
+def _reading(axis: str | None, window: tuple[float, float] | None, nonfinite: str) -> dict[str, Any]:
+    """Give what was asked for as arguments of `dinofast.data.samples`."""
+    asked = {"axis": axis, "window": window, "nonfinite": nonfinite}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _blocks(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(block) for block in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--layers {text}: give numbers of blocks, such as 8,11") from error
+
+
 def _parameter(text: str) -> tuple[str, Any]:
     """Read NAME=VALUE; the value is JSON where it can be, else text."""
     name, equals, value = text.partition("=")
@@ -325,8 +356,22 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _model(name: str, params: dict[str, Any]) -> Model:
+    from dinofast import models
+
+    try:
+        return models.create(name, **params)
+    except TypeError as error:
+        raise typer.BadParameter(f"--param: a value of the wrong type ({error})") from error
+
+
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+
+
+def _console() -> Console:
+    """Give a console on stdout that breaks no path where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else 500)
 
 
 def _print_table(console: Console, caption: str, head: list[str], rows: list[list[str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -68,7 +67,7 @@ class DemoResult:
         backbone: one line on which backbone ran and why.
         sets: results in order.
         skipped: data set -> why it did not run.
-        peak_memory: bytes, the largest resident memory of the process so far.
+        peak_memory: bytes, the largest resident memory of the process so far; 0 where it cannot be told.
         report: the HTML page.
     """
 
@@ -104,6 +103,7 @@ def run(
     Raises:
         InputError: an unknown name, none of the sets is to be had, or the folder cannot be written.
     """
+    names = list(dict.fromkeys(names))
     if unknown := sorted(set(names) - set(NAMES)):
         raise InputError(f"unknown demo set {', '.join(unknown)}; one of {', '.join(NAMES)}")
     folder = Path(output)
@@ -234,5 +234,9 @@ def _fetching(name: str, progress: Progress | None) -> Any:
 
 def _peak_memory() -> int:
     """Give the largest resident memory of this process; Linux counts it in KiB, macOS in bytes."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -41,6 +41,9 @@ class Detector:
 
     Attributes:
         thresholds: level ("pixel", "image") -> calibrated `Threshold`; assign to change one.
+        n_images: number of images learned; 0 before `fit`.
+        reading: axis, window and percentiles with which `fit` read volumes, as `dinofast.data.samples` takes
+            them; paths of volumes given later are read likewise. Empty without volumes, or when they differ.
 
     >>> normal = [np.random.default_rng(i).integers(0, 99, (64, 64, 3), np.uint8) for i in range(2)]
     >>> detector = Detector(backbones.load("efficientnet-lite0", device="cpu", size=64)).fit(normal)
@@ -60,15 +63,42 @@ class Detector:
         self.model = model if isinstance(model, Model) else models.create(model)
         self.seed = seed
         self.thresholds: dict[str, Threshold] = {}
+        self.n_images = 0
+        self.reading: dict[str, Any] = {}
+        self._rotate = False
         self._embedder = Embedder(self.backbone)
         self._seen: frozenset[bytes] = frozenset()
-        if self.backbone.kind.startswith("dinov2") and getattr(self.model, "mask_threshold", 0.0) is None:
+        unset = getattr(self.model, "masking", False) and getattr(self.model, "mask_threshold", 0.0) is None
+        if unset and self.backbone.kind.startswith("dinov2"):
             self.model.mask_threshold = DINOV2_MASK_THRESHOLD  # type: ignore[attr-defined]
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds per image of the last run by stage: read, preprocess, backbone, model."""
         return self._embedder.per_image()
+
+    def check(self, images: Any, *, skip_bad: bool = False, progress: Progress | None = None) -> list[Sample]:
+        """Read every image and mask once, so that a bad one is known before any work is lost.
+
+        Args:
+            images: whatever `dinofast.data.samples` takes.
+            skip_bad: leave out files that cannot be used, with a warning each.
+            progress: called as progress(stage, done, total).
+
+        Returns:
+            The usable images, in order.
+
+        Raises:
+            BadFilesError: files that cannot be used, too small or too long ones among them, all named.
+            InputError: no images.
+        """
+
+        def shown(done: int, total: int) -> None:
+            if progress is not None:
+                progress("check", done, total)
+
+        listed = data.samples(images, **self.reading)
+        return data.check(listed, skip_bad=skip_bad, accept=self._embedder.accept, progress=shown)
 
     def fit(
         self,
@@ -97,12 +127,15 @@ class Detector:
             BadFilesError: files that cannot be used, all named.
             InputError: no images, or what the model says.
         """
-        good = self._check(images, skip_bad, progress)
+        good = self.check(data.samples(images), skip_bad=skip_bad, progress=progress)
         seen: set[bytes] = set()
         self._embedder.restart()
+        start = time.perf_counter()
         stream = self._embedder.batches(good, "fit", batch_size, progress, rotate=rotate, seen=seen)
         self.model.fit(batch.features for batch in stream)
+        self._embedder.rest("model", start)
         self._seen, self.thresholds = frozenset(seen), {}
+        self.n_images, self.reading, self._rotate = len(good), _reading(good), rotate
         return self
 
     def predict(
@@ -129,7 +162,7 @@ class Detector:
                 have been yielded.
         """
         self.model.state()
-        listed = data.samples(images)
+        listed = data.samples(images, **self.reading)
         self._embedder.restart()
         stream = self._embedder.batches(listed, "predict", batch_size, progress, skip_bad=skip_bad)
         return self._predict(stream, self.model)
@@ -169,7 +202,7 @@ class Detector:
         if level not in LEVELS:
             raise InputError(f"unknown level {level!r}; one of {', '.join(LEVELS)}")
         pixels, scores = PixelCalibrator(fpr, seed=self.seed), []
-        good = self._check(images, skip_bad, progress)
+        good = self.check(images, skip_bad=skip_bad, progress=progress)
         self._check_seen(good, wanted=cross_fit is not None)
         self._embedder.restart()
         if cross_fit is None:
@@ -203,6 +236,7 @@ class Detector:
         config = {
             "backbone": self.backbone.config,
             "backbone_source": self.backbone.source,
+            "fit": {"n_images": self.n_images, "reading": self.reading, "rotate": self._rotate},
             "model": self.model.config(),
             "seed": self.seed,
             "thresholds": {level: threshold.to_dict() for level, threshold in self.thresholds.items()},
@@ -235,42 +269,49 @@ class Detector:
         """
         tensors, config = artifact.read(path, kind="detector")
         try:
-            wanted, source = config["backbone"], config["backbone_source"]
+            wanted, source, fit = config["backbone"], config["backbone_source"], config["fit"]
             learned = {name[6:]: t for name, t in tensors.items() if name.startswith("model.")}
             model = models.restore(config["model"], learned)
             thresholds = {name: Threshold.from_dict(t) for name, t in config["thresholds"].items()}
-            hashes, seed = tensors["seen"].numpy(), config["seed"]
-        except (KeyError, InputError, ArtifactError) as error:
+            hashes, seed, n_images, rotate = tensors["seen"], config["seed"], fit["n_images"], fit["rotate"]
+            reading = {n: tuple(v) if isinstance(v, list) else v for n, v in fit["reading"].items()}
+            asked = _asked(wanted)
+        except (AttributeError, LookupError, TypeError, InputError, ArtifactError) as error:
             raise ArtifactError(
                 f"{path}: does not hold together ({error}); save the detector again."
             ) from error
         if not isinstance(backbone, Backbone):
-            backbone = _load_backbone(source if backbone is None else backbone, wanted, device)
+            backbone = backbones.load(source if backbone is None else backbone, device=device, **asked)
         _same_backbone(path, wanted, backbone.config)
+        if model.n_channels != backbone.dim:
+            raise ArtifactError(
+                f"{path}: its {model.name} has D = {model.n_channels}, and its backbone {backbone.id} gives "
+                f"D = {backbone.dim}; fit again."
+            )
         detector = cls(backbone, model.to(backbone.device), seed=seed)
-        detector.thresholds = thresholds
-        detector._seen = frozenset(row.tobytes() for row in hashes)
+        detector.thresholds, detector.n_images, detector.reading = thresholds, n_images, reading
+        detector._rotate, detector._seen = rotate, frozenset(row.tobytes() for row in hashes.numpy())
         return detector
 
     def __repr__(self) -> str:
         state = "fitted" if self.model.is_fitted else "not fitted"
         return f"Detector({self.backbone.id}, {self.model!r}, {state})"
 
-    def _check(self, images: Any, skip_bad: bool, progress: Progress | None) -> list[Sample]:
-        def shown(done: int, total: int) -> None:
-            if progress is not None:
-                progress("check", done, total)
-
-        listed = data.samples(images)
-        return data.check(listed, skip_bad=skip_bad, accept=self._embedder.accept, progress=shown)
-
     def _check_seen(self, good: Sequence[Sample], wanted: bool) -> None:
-        wrong = [s.source for s in good if (digest(s.load()) in self._seen) != wanted]
+        wrong = []
+        for sample in good:
+            image = sample.load()
+            blank = (image == image[0, 0]).all()  # a slice of air: the same in every volume
+            if not blank and (digest(image) in self._seen) != wanted:
+                wrong.append(sample.source)
         if not wrong:
             return
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         if wanted:
-            raise InputError(f"cross_fit needs the images of fit, and these were not among them: {shown}")
+            raise InputError(
+                f"cross_fit needs the images of fit, and these were not among them: {shown}; leave them out, "
+                "or calibrate on images that fit did not see without cross_fit"
+            )
         raise InputError(
             f"calibrating on images that fit has seen gives a threshold that is too low: {shown}; give other "
             "normal images, or the images of fit with cross_fit=5"
@@ -296,36 +337,50 @@ class Detector:
     def _cross_fit(
         self, good: Sequence[Sample], folds: int, batch_size: int | None, progress: Progress | None
     ) -> Iterator[Prediction]:
+        if len(good) < 2:
+            raise InputError("cross_fit needs at least 2 images, and there is 1; give more normal images")
         if not 2 <= folds <= len(good):
-            raise InputError(f"cross_fit={folds}: needs 2 to {len(good)} parts for {len(good)} images")
-        parts = [list(part) for part in np.array_split(np.arange(len(good)), folds)]
-        runs = [[good[i] for i in part] for part in parts]
-        kind, params, batches = type(self.model), self.model.params(), self._embedder.batches
-        partial = [
-            kind(**params).fit(b.features for b in batches(run, f"fit part {i}", batch_size, progress))
-            for i, run in enumerate(runs, 1)
-        ]
+            raise InputError(f"cross_fit={folds}: {len(good)} images can be cut into 2 to {len(good)} parts")
+        runs = [[good[i] for i in part] for part in np.array_split(np.arange(len(good)), folds)]
+        kind, params, before = type(self.model), self.model.params(), 0
+
+        def batches(run: list[Sample], rotate: bool) -> Iterator[Batch]:
+            nonlocal before
+            start, before = before, before + len(run)
+
+            def told(stage: str, done: int, _: int | None) -> None:
+                if progress is not None:
+                    progress(stage, start + done, 2 * len(good))
+
+            return self._embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
+
+        partial = [kind(**params).fit(b.features for b in batches(run, self._rotate)) for run in runs]
         for i, run in enumerate(runs):
+            first, *rest = (model for j, model in enumerate(partial) if j != i)
             others = kind(**params)
-            rest = [m for j, m in enumerate(partial) if j != i]
-            others.load_state(rest[0].state())
-            for model in rest[1:]:
+            others.load_state(first.state())
+            for model in rest:
                 others.merge(model)
-            stream = batches(run, f"calibrate part {i + 1}", batch_size, progress)
-            yield from self._predict(stream, others)
+            yield from self._predict(batches(run, False), others)
 
 
-def _load_backbone(source: str | os.PathLike[str], wanted: dict[str, Any], device: Any) -> Backbone:
-    size = wanted["size"]
-    return backbones.load(
-        source,
-        device=device,
-        dtype=getattr(torch, wanted["dtype"]),
-        size=size if isinstance(size, int) else (size[0], size[1]),
-        layers=wanted["layers"],
-        position_resampling=wanted["position_resampling"],
-        resize=wanted["resize"],
-    )
+def _reading(images: Sequence[Sample]) -> dict[str, Any]:
+    """Tell how the volumes among the images were read, where all were read alike."""
+    volumes = (sample.volume.volume for sample in images if sample.volume is not None)
+    found = {(volume.axis, volume.window, volume.percentiles) for volume in volumes}
+    return dict(zip(("axis", "window", "percentiles"), *found, strict=True)) if len(found) == 1 else {}
+
+
+def _asked(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn a backbone's `config` into what `dinofast.backbone.load` is asked for."""
+    size = config["size"]
+    return {
+        "dtype": getattr(torch, config["dtype"]),
+        "size": size if isinstance(size, int) else (size[0], size[1]),
+        "layers": config["layers"],
+        "position_resampling": config["position_resampling"],
+        "resize": config["resize"],
+    }
 
 
 def _same_backbone(path: str | os.PathLike[str], wanted: dict[str, Any], found: dict[str, Any]) -> None:

@@ -158,8 +158,11 @@ def evaluate(
     for sample, prediction in zip(images, predictions, strict=True):
         scores.append(prediction.score)
         if every_mask and (truth := sample.mask()) is not None:
-            inside = region(sample)
-            map = prediction.map.numpy()
+            inside, map = region(sample), prediction.map.numpy()
+            if truth.shape != map.shape:
+                raise InputError(
+                    f"{sample.source}: is {map.shape} pixels, its mask {truth.shape}; export it anew"
+                )
             pixels.update(*((map, truth) if inside is None else (map[inside], truth[inside])))
         on_prediction(sample, prediction)
     labels = [s.label for s in images]

@@ -168,7 +168,7 @@ def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
 
 
 def rotations(image: RGB, steps: int = 8) -> list[RGB]:
-    """Turn an image about its centre by 0°, 360/steps°, ..., on the same canvas, bilinearly.
+    """Turn an image about its center by 0°, 360/steps°, ..., on the same canvas, bilinearly.
 
     What lies outside is reflected without repeating the edge pixel.
 
@@ -187,7 +187,7 @@ def rotations(image: RGB, steps: int = 8) -> list[RGB]:
     True
     """
     height, width = image.shape[:2]
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)[None].double()
+    pixels = torch.from_numpy(image.astype(np.float64)).movedim(-1, 0)[None]
     y, x = np.meshgrid(
         np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij"
     )

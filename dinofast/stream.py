@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,6 +75,11 @@ class Embedder:
             torch.cuda.synchronize(self.backbone.device)
         self._seconds[stage] += time.perf_counter() - start
 
+    def rest(self, stage: str, start: float) -> None:
+        """Add the time since `start` that no other stage took."""
+        self.timed(stage, start)
+        self._seconds[stage] -= sum(spent for name, spent in self._seconds.items() if name != stage)
+
     def accept(self, image: RGB) -> None:
         """Raise InputError for an image that the backbone cannot take: too small, or too long and thin."""
         self.backbone.preprocess.cropped_size(*image.shape[:2])
@@ -105,9 +110,10 @@ class Embedder:
             Batches.
 
         Raises:
-            InputError: an image that cannot be used, named.
+            InputError: an image that cannot be used, named; those before it have been yielded.
         """
         waiting: list[tuple[str, tuple[int, int], Tensor]] = []
+        limits: dict[torch.Size, int] = {}
         for done, sample in enumerate(images):
             if progress is not None:
                 progress(stage, done, len(images))
@@ -115,10 +121,12 @@ class Embedder:
             try:
                 image = data.judged(sample, self.accept)
             except InputError as error:
-                if not skip_bad:
-                    raise
-                _LOG.warning("skipped %s: %s", sample.source, error)
-                continue
+                if skip_bad:
+                    _LOG.warning("skipped %s: %s", sample.source, error)
+                    continue
+                if waiting:
+                    yield self._embed(waiting)
+                raise
             if seen is not None:
                 seen.add(digest(image))
             self.timed("read", start)
@@ -127,7 +135,9 @@ class Embedder:
                 start = time.perf_counter()
                 pixels = self.backbone.preprocess(turned, sample.source)
                 self.timed("preprocess", start)
-                full = len(waiting) >= (batch_size or self._batch_size(pixels))
+                if pixels.shape not in limits:  # asked once: a caching allocator's free memory shrinks
+                    limits[pixels.shape] = batch_size or self._batch_size(pixels, image)
+                full = len(waiting) >= limits[pixels.shape]
                 if waiting and (full or waiting[0][2].shape != pixels.shape):
                     yield self._embed(waiting)
                     waiting = []
@@ -143,12 +153,24 @@ class Embedder:
         self.timed("backbone", start)
         return Batch([source for source, _, _ in waiting], [size for _, size, _ in waiting], features)
 
-    def _batch_size(self, pixels: Tensor) -> int:
-        """Fill a quarter of the free memory; activations take about 64 times the bytes of the pixels."""
-        needed = 64 * pixels.numel() * 4
+    def _batch_size(self, pixels: Tensor, image: RGB) -> int:
+        """Fill a quarter of the free memory.
+
+        Activations take about 64 times the bytes of the pixels, the map of an image four times its own.
+        """
+        needed = 64 * pixels.numel() * 4 + 4 * int(image.shape[0] * image.shape[1]) * 4
         if self.backbone.device.type == "cuda":
-            return int(max(1, min(32, torch.cuda.mem_get_info(self.backbone.device)[0] // 4 // needed)))
-        return int(max(1, min(8, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // needed)))
+            free, most = int(torch.cuda.mem_get_info(self.backbone.device)[0]), 32
+        else:
+            free, most = _free_memory(), 8
+        return max(1, min(most, free // 4 // needed))
+
+
+def _free_memory() -> int:
+    """Give the bytes that this machine has left, 2 GiB where it does not tell."""
+    table = Path("/proc/meminfo")
+    lines = table.read_text(encoding="ascii").splitlines() if table.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**31)
 
 
 def digest(image: RGB) -> bytes:

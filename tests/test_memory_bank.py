@@ -226,8 +226,9 @@ def test_masked_bank_equals_the_definition(compat, mask_references):
     assert (patches == 0).any()
 
 
-def test_masking_needs_a_threshold_at_first_use():
-    model = MemoryBank(masking=True, mask_references=True)
+@pytest.mark.parametrize("mask_references", [True, False])
+def test_masking_needs_a_threshold_before_the_work(mask_references):
+    model = MemoryBank(masking=True, mask_references=mask_references)
     with pytest.raises(InputError, match=r"needs mask_threshold.*10\.0 for DINOv2"):
         model.fit([features(clustered(1, 4, 4))])
     model.mask_threshold = 0.5

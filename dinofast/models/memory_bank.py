@@ -193,6 +193,8 @@ class MemoryBank(Model):
         return self._summarize(patches, batch.image_size)
 
     def _learn(self, features: Iterator[Features]) -> dict[str, Tensor]:
+        if self.masking:
+            self._threshold()
         store, device = RowStore(), None
         for batch in features:
             device = device or batch.tensor.device
@@ -255,12 +257,15 @@ class MemoryBank(Model):
         """Give (B, h, w) bool, True where a patch takes part; None where all do."""
         if not self.masking:
             return None
+        return foreground_mask(tokens, self._threshold(), COMPAT[self.compat]["morphology"])
+
+    def _threshold(self) -> float:
         if self.mask_threshold is None:
             raise InputError(
                 "masking needs mask_threshold, in the units of the backbone's tokens: 10.0 for DINOv2, which "
                 "a Detector fills in for DINOv2 backbones; find a value of your own for any other."
             )
-        return foreground_mask(tokens, self.mask_threshold, COMPAT[self.compat]["morphology"])
+        return self.mask_threshold
 
 
 def _mean_below_rank(queries: Tensor, before: Tensor, after: Tensor) -> Tensor:

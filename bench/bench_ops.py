@@ -1,0 +1,49 @@
+"""Every operator at its sizes, against the peers, in turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.measure import Gate, Group, Measure
+from bench.memory import peak_extra
+from bench.peers import OURS, contenders
+from bench.shapes import SHAPES
+from dinofast.ops import OPS
+from dinofast.ops.registry import choose
+
+CASES = [
+    pytest.param(op, shape, contender.name, id=f"{op}-{shape}-{contender.name}")
+    for op, shapes in SHAPES.items()
+    for shape in shapes
+    for contender in contenders(op)
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "contender"), CASES)
+def bench_operator(measure: Measure, with_memory: bool, op: str, shape: str, contender: str) -> None:
+    measure(f"{op} {shape}", contender, lambda: _prepare(op, shape, with_memory))
+
+
+def _prepare(op: str, shape: str, with_memory: bool) -> Group:
+    args = SHAPES[op][shape]()
+    gate, cost = Gate(OPS[op], args), OPS[op].cost(*args)
+    calls, facts = {}, {}
+    for contender in contenders(op):
+        name, call = contender.name, contender.prepare(*args)
+        results = contender.read(call())
+        known: dict[str, Any] = {
+            "backend": choose(OPS[op], args).backend if name == OURS else name,
+            "device": str(args[0].device),
+            "dtype": str(args[0].dtype).removeprefix("torch."),
+            "sizes": [list(x.shape) for x in args if isinstance(x, torch.Tensor)],
+            "bytes": cost.bytes,
+            "flops": cost.flops,
+            "largest_error": gate.kernel(results) if name == OURS else gate.peer(results),
+        }
+        if with_memory:
+            known["peak_extra_bytes"] = peak_extra(op, shape, name)
+        calls[name], facts[name] = call, known
+    return Group(calls, facts)

@@ -1,0 +1,45 @@
+"""Peak extra memory of a contender's first call, in a process of its own.
+
+`python -m bench.memory cosine_max image_1024x150 dinofast` prints bytes, or -1 where it cannot be told.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.peers import contenders
+from bench.shapes import SHAPES
+
+
+def peak_extra(op: str, shape: str, contender: str) -> int | None:
+    """Measure in a fresh process; bytes, or None where the system does not tell (needs Linux)."""
+    command = [sys.executable, "-m", "bench.memory", op, shape, contender]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=120
+    )
+    found = int(done.stdout)
+    return None if found < 0 else found
+
+
+def _resident(field: str) -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
+def _main(op: str, shape: str, contender: str) -> int:
+    args = SHAPES[op][shape]()
+    call = next(c for c in contenders(op) if c.name == contender).prepare(*args)
+    if not Path("/proc/self/clear_refs").exists():
+        return -1
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory of the preparation must not hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(_main(*sys.argv[1:]))

@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from dinofast.commands import run
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        sys.exit(f"dinofast: the command line needs {error.name}: pip install 'dinofast[cli]'")
+        sys.exit(f"dinofast: the command line needs {missing}: pip install 'dinofast[cli]'")
     run()
 
 

@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from dinofast.errors import DinofastError, InputError
+from dinofast.files import check_writable
 from dinofast.progress import Progress, rich_progress
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def fit(
         raise typer.BadParameter("give --calibrate or --cross-fit, not both")
     if not 0 < fpr < 1:
         raise typer.BadParameter(f"--fpr {fpr}: give a rate above 0 and below 1, such as 0.05")
+    check_writable(out)
     tapped, params = _blocks(layers), dict(_parameter(p) for p in param or [])
     work: dict[str, Any] = {"batch_size": batch_size, "skip_bad": skip_bad}
     reading = _reading(axis, window, nonfinite)

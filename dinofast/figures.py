@@ -179,7 +179,7 @@ def _png(figure: Any, transparent: bool) -> bytes:
     canvas.draw()
     buffer = io.BytesIO()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    picture.convert("RGBA" if transparent else "RGB").save(buffer, format="PNG", optimize=True)
+    picture.convert("RGBA" if transparent else "RGB").save(buffer, format="PNG")
     return buffer.getvalue()
 
 

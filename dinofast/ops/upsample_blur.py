@@ -80,10 +80,9 @@ def resample_matrix(source: int, target: int, sigma: float, mode: str, boundary:
         offsets = np.arange(-radius, radius + 1)
         weights = np.exp(-0.5 * (offsets / sigma) ** 2)
         weights /= weights.sum()
-        blur = np.zeros((target, target))
+        sharp, matrix = matrix, np.zeros_like(matrix)
         for offset, weight in zip(offsets, weights, strict=True):
-            np.add.at(blur, (pixels, _fold(pixels + offset, target, boundary)), weight)
-        matrix = blur @ matrix
+            matrix += weight * sharp[_fold(pixels + offset, target, boundary)]
     return torch.from_numpy(matrix)
 
 

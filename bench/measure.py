@@ -67,18 +67,15 @@ class Gate:
             AssertionError: it computes something else.
         """
         for got, true in zip(results, self.truth, strict=False):
-            assert got.shape == true.shape, (
-                f"{self.op.name}: shape {tuple(got.shape)}, not {tuple(true.shape)}"
-            )
+            shape, wanted = tuple(got.shape), tuple(true.shape)
+            assert shape == wanted, f"{self.op.name}: shape {shape}, expected {wanted}"
             relative = ((got.double() - true).abs() / (1 + true.abs())).max().item()
             assert relative <= PEER_TOLERANCE, f"{self.op.name}: errs by {relative:.3g}, relative"
         return self._error(results)
 
     def _error(self, results: Sequence[Tensor]) -> float:
-        pairs = zip(results, self.truth, strict=False)
-        return max(
-            (got.double() - true).abs().max().item() for got, true in pairs if true.is_floating_point()
-        )
+        pairs = [(a, b) for a, b in zip(results, self.truth, strict=False) if b.is_floating_point()]
+        return max((got.double() - true).abs().max().item() for got, true in pairs)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def lines(groups: dict[str, Group], ceiling: Ceiling, threads: int) -> Iterator[
     """
     yield (
         f"{threads} threads, ceiling {ceiling.flops / 1e9:.0f} Gop/s and {ceiling.bytes / 1e9:.0f} GB/s. "
-        "Median ms a call; ~ marks an upper bound, disturbed by other processes."
+        "Median ms a call; ~ marks what other processes disturbed."
     )
     for operator, names in groupby(groups, key=lambda name: name.split()[0]):
         rows = [(name.split()[1], groups[name]) for name in names]
@@ -46,5 +46,6 @@ def _row(label: str, cells: Iterable[str], end: str = "") -> str:
 def _verdict(group: Group, ceiling: Ceiling) -> str:
     facts, seconds = group.facts[OURS], group.timings[OURS].median
     fastest, ratio = group.ratio(OURS)
-    share = ceiling.share(facts["flops"], facts["bytes"], seconds)
-    return f"{ratio:.2f} ({fastest}), {facts['flops'] / seconds / 1e9:.0f}, {share:.0%} [{facts['backend']}]"
+    mark = "~" * (group.timings[OURS].disturbed or group.timings[fastest].disturbed)
+    gops, share = facts["flops"] / seconds / 1e9, ceiling.share(facts["flops"], facts["bytes"], seconds)
+    return f"{mark}{ratio:.2f} ({fastest}), {gops:.0f}, {share:.0%} [{facts['backend']}]"

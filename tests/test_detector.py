@@ -24,7 +24,8 @@ from dinofast.types import Features
 
 NORMAL = [weave(i) for i in range(4)]
 OTHERS = [weave(i) for i in range(10, 14)]
-MIXED = [(96, 96), (96, 96), (120, 100), (100, 120), (120, 100), (96, 96), (150, 96)]
+MIXED = [(96, 96), (192, 192), (120, 100), (100, 120), (120, 100), (98, 96), (96, 96), (150, 96)]
+"""Some of these become the same pixels' size, and all want maps of their own."""
 
 
 @pytest.fixture
@@ -521,7 +522,9 @@ def test_other_weights_of_the_same_network_are_refused(tmp_path: Path) -> None:
 
 def test_the_file_names_what_made_it(fitted: Detector, tmp_path: Path) -> None:
     fitted.save(tmp_path / "d.safetensors")
-    _, config = artifact.read(tmp_path / "d.safetensors", kind="detector")
+    tensors, config = artifact.read(tmp_path / "d.safetensors", kind="detector")
+    seen = tensors["seen"].tolist()
+    assert seen == sorted(list(stream.digest(image)) for image in NORMAL)
     assert config["backbone"]["licence"] == "Apache-2.0"
     assert config["backbone"]["mean"] == [0.485, 0.456, 0.406]
     assert config["seed"] == 0

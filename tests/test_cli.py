@@ -427,7 +427,7 @@ def test_ctrl_c_in_predict_leaves_whole_files_only(detector: Path, tmp_path: Pat
     )
     check_interrupted(found)
     rows = json.loads((out / "scores.json").read_text())
-    assert 3 <= len(rows) < 300
+    assert 2 <= len(rows) < 300  # a map may be there and its row not yet
     assert {"scores.json", *(row["map"] for row in rows)} <= {path.name for path in whole(out)}
 
 

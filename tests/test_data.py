@@ -166,7 +166,7 @@ def test_all_bad_files_are_reported_at_once_and_by_name(mixed: Path) -> None:
         data.check(data.samples(mixed))
     names = ("blank.png", "empty.png", "text.png", "torn.png")
     assert list(error.value.files) == [str(mixed / name) for name in names]
-    assert error.value.files[str(mixed / "blank.png")] .endswith("the same color: blank or corrupt; remove it")
+    assert error.value.files[str(mixed / "blank.png")].endswith("the same color: blank or corrupt; remove it")
     assert all(str(mixed) not in reason for reason in error.value.files.values())
     assert "--skip-bad (skip_bad=True in Python)" in str(error.value)
 

@@ -58,7 +58,8 @@ def _search(queries: Tensor, bank: Tensor, k: int, metric: str, side: int) -> tu
     poisoned = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for start in range(0, bank.shape[0], side):
         y = _prepare(bank[start : start + side], metric)
-        d = (y * y).sum(1) - 2 * (x @ y.T) + (x * x).sum(1, keepdim=True)
+        ones = metric == "cosine"  # a zero row too: at distance 1 from everything
+        d = (1 if ones else (y * y).sum(1)) - 2 * (x @ y.T) + (1 if ones else (x * x).sum(1, keepdim=True))
         poisoned |= d.isnan().any(dim=1)
         new = torch.arange(start, start + y.shape[0], device=x.device).expand(x.shape[0], -1)
         best, index = _smallest(torch.cat([best, d], 1), torch.cat([index, new], 1), k)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.knn_topk import METRICS
+from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.registry import MISSING, Kernel, provide
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
@@ -88,6 +90,32 @@ else:
         return similarity, index
 
     provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, _refuse_cosine_max))
+
+    def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
+        if queries.dtype not in _DTYPES:
+            return f"wants float32, bfloat16 or float16, got {queries.dtype}"
+        if k > _native.MAX_K:
+            return f"wants k <= {_native.MAX_K}, got {k}"
+        return None
+
+    def _knn_topk_cpu(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+        distance, index = knn_topk_results(queries, bank, k, metric)
+        queries, bank = _dense(queries), _dense(bank)
+        _native.knn_topk(
+            *_matrix(queries),
+            *_matrix(bank),
+            queries.shape[1],
+            _NATIVE_ELEMENTS[queries.dtype],
+            False,
+            k,
+            METRICS.index(metric),
+            distance.data_ptr(),
+            index.data_ptr(),
+            _threads(),
+        )
+        return distance, index
+
+    provide("knn_topk", Kernel("cpu", ("cpu",), _knn_topk_cpu, _refuse_knn_topk))
 
 
 try:

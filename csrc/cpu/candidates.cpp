@@ -1,0 +1,137 @@
+#include "candidates.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+namespace dinofast {
+namespace {
+
+constexpr double UNIT = 0x1p-24;  // largest relative error of one float32 rounding
+
+struct Decided {
+    float distance;
+    int64_t index;
+
+    bool operator<(const Decided& other) const {
+        return distance < other.distance || (distance == other.distance && index < other.index);
+    }
+};
+
+}  // namespace
+
+float product_error(int64_t d) {
+    const double error = static_cast<double>(d + 64) * UNIT;
+    return error < 0.5 ? static_cast<float>(1.001 * error / (1 - error)) : INFINITY;
+}
+
+bool Measure::unit_row(const float* x, float* out) const {
+    const double sum = sq_norm(x);
+    if (!std::isfinite(sum)) return false;
+    const double scale = sum == 0 ? 0 : 1 / std::sqrt(sum);
+    for (int64_t k = 0; k < d; ++k) out[k] = static_cast<float>(x[k] * scale);
+    return true;
+}
+
+float Measure::distance(const float* x, const float* y) const {
+    const double square = tile.sq_distance(x, y, d);
+    if (metric == Metric::sqeuclidean) return static_cast<float>(square);
+    if (metric == Metric::euclidean) return static_cast<float>(std::sqrt(square));
+    // |x - y|^2 = 2 - 2 cos for unit rows; 1 and 0.5 for one zero row and for two
+    if (square < 1.5 && (sq_norm(x) == 0 || sq_norm(y) == 0)) return 1;
+    return std::min(static_cast<float>(square / 2), 2.0f);
+}
+
+const float* Bank::get(const Measure& measure, int64_t i, float* buffer) const {
+    const float* row = rows.get(i, buffer + rows.d);
+    if (prepared || measure.metric != Metric::cosine) return row;
+    measure.unit_row(row, buffer);
+    return buffer;
+}
+
+Candidates::Candidates(int64_t count, int k)
+    : k_(k),
+      room_(2 * k + 62),
+      queries_(allocate<Query>(count)),
+      candidates_(allocate<Candidate>(count * room_)),
+      best_(allocate<float>(count * k)),
+      threshold_(allocate<float>(count)) {}
+
+void Candidates::start(int64_t q, const float* x, double sq_norm, float error) {
+    queries_[q] = {x, sq_norm, error, 0, false};
+    threshold_[q] = -INFINITY;
+    std::fill(best_.get() + q * k_, best_.get() + (q + 1) * k_, -INFINITY);
+}
+
+void Candidates::settle(int64_t q) {
+    queries_[q].settled = true;
+    threshold_[q] = INFINITY;
+}
+
+void Candidates::offer(int64_t q, float score, float error, int64_t index, const Measure& measure,
+                       const Bank& bank, float* buffer) {
+    Query& query = queries_[q];
+    if (query.settled || score < threshold_[q]) return;
+    float upper = score + query.error, lower = score - 2 * error - query.error;
+    if (std::isnan(upper)) upper = INFINITY;
+    if (std::isnan(lower)) lower = -INFINITY;
+    candidates_[q * room_ + query.found++] = {upper, lower, index};
+    raise(q, lower);
+    if (query.found < room_) return;
+    keep_possible(q);
+    if (query.found > room_ / 2) resolve(q, measure, bank, buffer, nullptr);
+}
+
+void Candidates::finish(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance,
+                        int64_t* index) {
+    keep_possible(q);
+    resolve(q, measure, bank, buffer, distance);
+    for (int i = 0; i < k_; ++i) index[i] = candidates_[q * room_ + i].index;
+}
+
+void Candidates::raise(int64_t q, float lower) {
+    float* const best = best_.get() + q * k_;
+    if (!(lower > best[0])) return;
+    std::pop_heap(best, best + k_, std::greater<>());
+    best[k_ - 1] = lower;
+    std::push_heap(best, best + k_, std::greater<>());
+    const float limit = best[0] - queries_[q].error;
+    if (limit > threshold_[q]) threshold_[q] = limit;
+}
+
+void Candidates::keep_possible(int64_t q) {
+    Candidate* const first = candidates_.get() + q * room_;
+    const float limit = best_[q * k_];
+    Candidate* const last = std::remove_if(first, first + queries_[q].found,
+                                           [limit](const Candidate& c) { return c.upper < limit; });
+    queries_[q].found = static_cast<int32_t>(last - first);
+}
+
+void Candidates::resolve(int64_t q, const Measure& measure, const Bank& bank, float* buffer,
+                         float* distance) {
+    Query& query = queries_[q];
+    Candidate* const candidates = candidates_.get() + q * room_;
+    Decided decided[2 * MAX_K + 62];
+    for (int i = 0; i < query.found; ++i) {
+        const int64_t index = candidates[i].index;
+        decided[i] = {measure.distance(query.x, bank.get(measure, index, buffer)), index};
+    }
+    std::sort(decided, decided + query.found);
+    query.found = k_;
+    for (int i = 0; i < k_; ++i) {
+        const double d = decided[i].distance;
+        const double square = measure.metric == Metric::euclidean ? d * d : d;
+        const bool cosine = measure.metric == Metric::cosine;
+        const double score = cosine ? 1 - d : (query.sq_norm - square) / 2;
+        const double slack = 32 * UNIT * (cosine ? 4 : query.sq_norm + square) + 1e-36;
+        const bool known = std::abs(score) + slack < 1e38;
+        candidates[i] = {known ? static_cast<float>(score + slack) : INFINITY,
+                         known ? static_cast<float>(score - slack) : -INFINITY, decided[i].index};
+        if (distance != nullptr) distance[i] = decided[i].distance;
+    }
+    float* const best = best_.get() + q * k_;
+    std::fill(best, best + k_, -INFINITY);
+    for (int i = 0; i < k_; ++i) raise(q, candidates[i].lower);
+}
+
+}  // namespace dinofast

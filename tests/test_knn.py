@@ -109,7 +109,7 @@ def test_near_duplicates_are_told_apart(isa):
 def test_ties_go_to_the_smallest_index_however_many(isa, metric):
     bank = torch.randn(1, 33).repeat(1500, 1)
     bank[700] += 1
-    distance, index = KERNEL.run(bank[:30] + 0.5, bank, 64, metric)
+    _, index = KERNEL.run(bank[:30] + 0.5, bank, 64, metric)
     expected = [700, *range(63)] if index[0, 0] == 700 else list(range(64))
     assert index.tolist() == [expected] * 30
     _, index = KERNEL.run(torch.cat([bank[:1], bank[700:701]]), bank, 3, metric)

@@ -9,11 +9,11 @@ namespace {
 
 constexpr double UNIT = 0x1p-24;  // largest relative error of one float32 rounding
 
-struct Decided {
+struct Neighbor {
     float distance;
     int64_t index;
 
-    bool operator<(const Decided& other) const {
+    bool operator<(const Neighbor& other) const {
         return distance < other.distance || (distance == other.distance && index < other.index);
     }
 };
@@ -42,6 +42,22 @@ float Measure::distance(const float* x, const float* y) const {
     return std::min(static_cast<float>(square / 2), 2.0f);
 }
 
+int64_t unit_rows(const Tile& tile, const Rows& rows, float* out, int threads) {
+    const int64_t d = rows.d;
+    const Array<float> origin = allocate<float>(d), converted = allocate<float>(d * threads);
+    std::fill(origin.get(), origin.get() + d, 0.0f);
+    const Measure measure{tile, Metric::cosine, d, origin.get()};
+    int64_t broken = rows.count;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : broken) if (threads > 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        float* const buffer = converted.get() + d * thread;
+        for (int64_t i = rows.count * thread / threads; i < rows.count * (thread + 1) / threads; ++i) {
+            if (!measure.unit_row(rows.get(i, buffer), out + i * d)) broken = std::min(broken, i);
+        }
+    }
+    return broken < rows.count ? broken : -1;
+}
+
 const float* Bank::get(const Measure& measure, int64_t i, float* buffer) const {
     const float* row = rows.get(i, buffer + rows.d);
     if (prepared || measure.metric != Metric::cosine) return row;
@@ -49,9 +65,10 @@ const float* Bank::get(const Measure& measure, int64_t i, float* buffer) const {
     return buffer;
 }
 
-Candidates::Candidates(int64_t count, int k)
+Candidates::Candidates(int64_t count, int k, bool eager)
     : k_(k),
       room_(2 * k + 62),
+      eager_(eager),
       queries_(allocate<Query>(count)),
       candidates_(allocate<Candidate>(count * room_)),
       best_(allocate<float>(count * k)),
@@ -72,11 +89,15 @@ void Candidates::offer(int64_t q, float score, float error, int64_t index, const
                        const Bank& bank, float* buffer) {
     Query& query = queries_[q];
     if (query.settled || score < threshold_[q]) return;
-    float upper = score + query.error, lower = score - 2 * error - query.error;
-    if (std::isnan(upper)) upper = INFINITY;
-    if (std::isnan(lower)) lower = -INFINITY;
-    candidates_[q * room_ + query.found++] = {upper, lower, index};
-    raise(q, lower);
+    Candidate candidate{score + query.error, score - 2 * error - query.error, index};
+    if (eager_ && score - error > limit(q)) {
+        const float distance = measure.distance(query.x, bank.get(measure, index, buffer));
+        candidate = decided(q, distance, index, measure.metric);
+    }
+    if (std::isnan(candidate.upper)) candidate.upper = INFINITY;
+    if (std::isnan(candidate.lower)) candidate.lower = -INFINITY;
+    candidates_[q * room_ + query.found++] = candidate;
+    raise(q, candidate.lower);
     if (query.found < room_) return;
     keep_possible(q);
     if (query.found > room_ / 2) resolve(q, measure, bank, buffer, nullptr);
@@ -99,6 +120,14 @@ void Candidates::raise(int64_t q, float lower) {
     if (limit > threshold_[q]) threshold_[q] = limit;
 }
 
+Candidates::Candidate Candidates::decided(int64_t q, float distance, int64_t index, Metric metric) const {
+    const double d = distance, own = queries_[q].sq_norm;
+    const double square = metric == Metric::cosine ? 2 * d : metric == Metric::euclidean ? d * d : d;
+    const double score = (own - square) / 2, slack = 32 * UNIT * (own + square) + 1e-36;
+    if (!(std::abs(score) + slack < 1e38)) return {INFINITY, -INFINITY, index};
+    return {static_cast<float>(score + slack), static_cast<float>(score - slack), index};
+}
+
 void Candidates::keep_possible(int64_t q) {
     Candidate* const first = candidates_.get() + q * room_;
     const float limit = best_[q * k_];
@@ -111,23 +140,16 @@ void Candidates::resolve(int64_t q, const Measure& measure, const Bank& bank, fl
                          float* distance) {
     Query& query = queries_[q];
     Candidate* const candidates = candidates_.get() + q * room_;
-    Decided decided[2 * MAX_K + 62];
+    Neighbor near[2 * MAX_K + 62];
     for (int i = 0; i < query.found; ++i) {
         const int64_t index = candidates[i].index;
-        decided[i] = {measure.distance(query.x, bank.get(measure, index, buffer)), index};
+        near[i] = {measure.distance(query.x, bank.get(measure, index, buffer)), index};
     }
-    std::sort(decided, decided + query.found);
+    std::sort(near, near + query.found);
     query.found = k_;
     for (int i = 0; i < k_; ++i) {
-        const double d = decided[i].distance;
-        const double square = measure.metric == Metric::euclidean ? d * d : d;
-        const bool cosine = measure.metric == Metric::cosine;
-        const double score = cosine ? 1 - d : (query.sq_norm - square) / 2;
-        const double slack = 32 * UNIT * (cosine ? 4 : query.sq_norm + square) + 1e-36;
-        const bool known = std::abs(score) + slack < 1e38;
-        candidates[i] = {known ? static_cast<float>(score + slack) : INFINITY,
-                         known ? static_cast<float>(score - slack) : -INFINITY, decided[i].index};
-        if (distance != nullptr) distance[i] = decided[i].distance;
+        candidates[i] = decided(q, near[i].distance, near[i].index, measure.metric);
+        if (distance != nullptr) distance[i] = near[i].distance;
     }
     float* const best = best_.get() + q * k_;
     std::fill(best, best + k_, -INFINITY);

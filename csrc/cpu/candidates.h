@@ -32,6 +32,9 @@ struct Measure {
     float distance(const float* x, const float* y) const;
 };
 
+// Fill out (M, d) by Measure::unit_row. The number of the first row with NaN or inf, or -1.
+int64_t unit_rows(const Tile& tile, const Rows& rows, float* out, int threads);
+
 // Bank rows as the measure wants them: `prepared` rows are unit rows already, or need not be.
 struct Bank {
     Rows rows;
@@ -41,18 +44,22 @@ struct Bank {
     const float* get(const Measure& measure, int64_t i, float* buffer) const;
 };
 
-// The k best candidates of `count` queries. The score of a pair is its cosine, or (|x|^2 - |x - y|^2) / 2 for
-// vectors counted from a center; higher is nearer.
+// The k best candidates of `count` queries. The score of a pair is (|x - c|^2 - |x - y|^2) / 2 for any center
+// c; higher is nearer. A zero row, whose cosine distance is 1 by definition, counts as |x - y|^2 = 2.
 class Candidates {
   public:
     static constexpr int MAX_K = 64;
 
-    Candidates(int64_t count, int k);
+    // `eager`: the bounds are so wide that a row which looks better than the k-th best is decided at once.
+    Candidates(int64_t count, int k, bool eager);
 
     // Start query q, whose row x (d,) is prepared and stays where it is. `sq_norm` counts from the center;
     // `error` is what its part of every score may err. A settled query wants no candidates.
     void start(int64_t q, const float* x, double sq_norm, float error);
     void settle(int64_t q);
+
+    // The k-th highest lower bound: a row that cannot reach this score is not wanted.
+    float limit(int64_t q) const { return best_[q * k_]; }
 
     // Scores below this cannot belong to the k best: the scan gives its score without the query's own error.
     float threshold(int64_t q) const { return threshold_[q]; }
@@ -82,8 +89,10 @@ class Candidates {
     void keep_possible(int64_t q);
     void raise(int64_t q, float lower);
     void resolve(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance);
+    Candidate decided(int64_t q, float distance, int64_t index, Metric metric) const;
 
     int k_, room_;
+    bool eager_;
     Array<Query> queries_;
     Array<Candidate> candidates_;  // room_ a query
     Array<float> best_;            // the k highest lower bounds of every query, a heap with the lowest on top

@@ -68,7 +68,7 @@ class Scan {
         prepared_ = allocate<float>(chunk * d_);
         tiles_ = allocate<float>(round_up(chunk, tile_.rows) / tile_.rows * tile_size_);
         whole_ = allocate<bool>(chunk);
-        Candidates candidates(chunk, k_);
+        Candidates candidates(chunk, k_, false);
         for (int64_t start = 0; start < queries.count && !broken_; start += chunk) {
             search_chunk(queries, start, std::min(chunk, queries.count - start), candidates,
                          distance + start * k_, index + start * k_);
@@ -139,7 +139,8 @@ class Scan {
             const float* source = bank_.rows.get(first + i, converted);
             if (cosine && !bank_.prepared) {
                 if (!tile_.normalize(source, d_, row, DEPTH)) return false;
-                error_[c + i] = bias_[c + i] = gamma_ / 2 + TINY;
+                error_[c + i] = gamma_ / 2 + TINY;
+                bias_[c + i] = error_[c + i] - 0.5f;
                 continue;
             }
             for (int64_t j = 0; j < d_; ++j) row[j] = source[j] - center_[j];
@@ -148,7 +149,7 @@ class Scan {
             const float error = gamma_ * static_cast<float>(square) / 2 + TINY;
             const bool huge = !(square < HUGE_SQUARE) || std::isinf(error);
             error_[c + i] = huge ? INFINITY : error;
-            bias_[c + i] = huge ? INFINITY : error - (cosine ? 0 : static_cast<float>(square / 2));
+            bias_[c + i] = huge ? INFINITY : error - static_cast<float>(cosine ? 0.5 : square / 2);
         }
         interleave(tile_, buffer, d_, panels_.get() + c * d_);
         return true;

@@ -4,9 +4,29 @@
 
 #include "cpu/cosine_max.h"
 #include "cpu/isa.h"
+#include "cpu/knn_topk.h"
+#include "cpu/knn_topk_bank.h"
 
 namespace py = pybind11;
 using namespace dinofast;
+
+// The tensors of a packed bank, in the order of dinofast/ops/bank.py; {} and 0 groups where there are none.
+static PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, int64_t columns,
+                              int64_t groups) {
+    return {{{reinterpret_cast<const void*>(at[0]), m, d, d, Element::float32}, true},
+            reinterpret_cast<const float*>(at[1]),
+            reinterpret_cast<float*>(at[2]),
+            columns,
+            reinterpret_cast<uint8_t*>(at[3]),
+            reinterpret_cast<float*>(at[4]),
+            reinterpret_cast<float*>(at[5]),
+            reinterpret_cast<float*>(at[6]),
+            reinterpret_cast<const int64_t*>(at[7]),
+            groups,
+            reinterpret_cast<const int64_t*>(at[8]),
+            reinterpret_cast<const float*>(at[9]),
+            reinterpret_cast<const float*>(at[10])};
+}
 
 PYBIND11_MODULE(_native, m) {
     m.attr("FLOAT32") = static_cast<int>(Element::float32);
@@ -42,4 +62,59 @@ PYBIND11_MODULE(_native, m) {
         },
         "Fill similarity (N,) float32 and index (N,) int64; rows may be strided, channels must be "
         "contiguous.");
+    m.attr("MAX_K") = static_cast<int>(Candidates::MAX_K);
+    m.def(
+        "knn_topk",
+        [](uintptr_t queries, int64_t q, int64_t queries_stride, uintptr_t bank, int64_t m,
+           int64_t bank_stride, int64_t d, int element, bool prepared, int k, int metric, uintptr_t distance,
+           uintptr_t index, int threads) {
+            const Tile& tile = chosen_tile();
+            const Element type = static_cast<Element>(element);
+            const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d, type};
+            const Rows right{reinterpret_cast<const void*>(bank), m, bank_stride, d, type};
+            py::gil_scoped_release release;
+            knn_topk(tile, left, {right, prepared}, k, static_cast<Metric>(metric),
+                     reinterpret_cast<float*>(distance), reinterpret_cast<int64_t*>(index), threads);
+        },
+        "Fill distance (Q, k) float32 and index (Q, k) int64; k <= MAX_K. `prepared` tells that the bank's "
+        "rows "
+        "are what unit_rows gives.");
+    m.attr("INT8_COLUMNS") = static_cast<int>(Int8Tile::COLUMNS);
+    m.attr("INT8_MAX_D") = static_cast<int64_t>(Int8Tile::MAX_D);
+    m.def("int8_isa", [] { return chosen_int8_tile().name; }, "Name the instruction set of the int8 sieve.");
+    m.def(
+        "unit_rows",
+        [](uintptr_t rows, int64_t m, int64_t stride, int64_t d, int element, uintptr_t out, int threads) {
+            const Tile& tile = chosen_tile();
+            const Rows from{reinterpret_cast<const void*>(rows), m, stride, d, static_cast<Element>(element)};
+            py::gil_scoped_release release;
+            return unit_rows(tile, from, reinterpret_cast<float*>(out), threads);
+        },
+        "Fill out (M, D) float32 with the rows scaled to unit norm; zero rows stay zero. Returns the number "
+        "of "
+        "the first row with NaN or inf, or -1.");
+    m.def(
+        "quantize_bank",
+        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int metric,
+           int threads) {
+            const Tile& tile = chosen_tile();
+            py::gil_scoped_release release;
+            quantize_bank(tile, packed_bank(packed, m, d, columns, 0), static_cast<Metric>(metric), threads);
+        },
+        "Fill weight, codes, scale, bias and error of a packed bank from its rows, center and index.");
+    m.def(
+        "knn_topk_bank",
+        [](uintptr_t queries, int64_t q, int64_t queries_stride, int64_t d, int element,
+           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups, int k,
+           int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited, int threads) {
+            const Tile& tile = chosen_tile();
+            const Int8Tile& int8 = chosen_int8_tile();
+            const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d,
+                            static_cast<Element>(element)};
+            py::gil_scoped_release release;
+            knn_topk_bank(tile, int8, left, packed_bank(packed, m, d, columns, groups), k,
+                          static_cast<Metric>(metric), probes, reinterpret_cast<float*>(distance),
+                          reinterpret_cast<int64_t*>(index), reinterpret_cast<int64_t*>(visited), threads);
+        },
+        "Fill distance (Q, k) float32, index (Q, k) int64 and visited (Q,) int64 from a packed bank.");
 }

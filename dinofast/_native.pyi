@@ -4,6 +4,9 @@ FLOAT32: int
 BFLOAT16: int
 FLOAT16: int
 OPENMP: bool
+MAX_K: int
+INT8_COLUMNS: int
+INT8_MAX_D: int
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -18,6 +21,47 @@ def cosine_max(
     element: int,
     similarity: int,
     index: int,
+    threads: int,
+    /,
+) -> None: ...
+def knn_topk(
+    queries: int,
+    q: int,
+    queries_stride: int,
+    bank: int,
+    m: int,
+    bank_stride: int,
+    d: int,
+    element: int,
+    prepared: bool,
+    k: int,
+    metric: int,
+    distance: int,
+    index: int,
+    threads: int,
+    /,
+) -> None: ...
+def int8_isa() -> str: ...
+def unit_rows(rows: int, m: int, stride: int, d: int, element: int, out: int, threads: int, /) -> int: ...
+def quantize_bank(
+    packed: list[int], m: int, d: int, columns: int, metric: int, threads: int, /
+) -> None: ...
+def knn_topk_bank(
+    queries: int,
+    q: int,
+    queries_stride: int,
+    d: int,
+    element: int,
+    packed: list[int],
+    m: int,
+    columns: int,
+    groups: int,
+    k: int,
+    metric: int,
+    probes: int,
+    distance: int,
+    index: int,
+    visited: int,
     threads: int,
     /,
 ) -> None: ...

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "int8_tile.h"
 #include "tile.h"
 
 namespace dinofast {
@@ -35,6 +36,14 @@ inline const Tile& chosen_tile() {
     }
     throw std::invalid_argument("DINOFAST_ISA=" + std::string(wanted) +
                                 ": unknown or not on this processor; available: " + names);
+}
+
+// What goes with the chosen tile; the plain one where the processor has no such instructions.
+inline const Int8Tile& chosen_int8_tile() {
+#ifdef DINOFAST_X86
+    if (&chosen_tile() == &avx512_tile && __builtin_cpu_supports("avx512vnni")) return avx512_vnni_tile;
+#endif
+    return baseline_int8_tile;
 }
 
 }  // namespace dinofast

@@ -47,6 +47,17 @@ void pack_tile(const Tile& tile, const Rows& rows, int64_t first, float* buffer,
     }
 }
 
+void interleave(const Tile& tile, const float* buffer, int64_t d, float* out) {
+    const int64_t stride = padded_depth(d), width = tile.columns;
+    constexpr int64_t STEP = 16;  // one cache line of every row at a time
+    for (int64_t start = 0; start < d; start += STEP) {
+        const int64_t stop = std::min(start + STEP, d);
+        for (int64_t c = 0; c < width; ++c) {
+            for (int64_t k = start; k < stop; ++k) out[k * width + c] = buffer[c * stride + k];
+        }
+    }
+}
+
 bool pack_panel(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out) {
     const int64_t d = rows.d, stride = padded_depth(d), width = tile.columns;
     const int64_t count = std::min<int64_t>(width, rows.count - first);
@@ -55,13 +66,7 @@ bool pack_panel(const Tile& tile, const Rows& rows, int64_t first, float* buffer
         if (!tile.normalize(rows.get(first + c, converted), d, buffer + c * stride, DEPTH)) return false;
     }
     std::fill(buffer + count * stride, buffer + width * stride, 0.0f);
-    constexpr int64_t STEP = 16;  // one cache line of every row at a time
-    for (int64_t start = 0; start < d; start += STEP) {
-        const int64_t stop = std::min(start + STEP, d);
-        for (int64_t c = 0; c < width; ++c) {
-            for (int64_t k = start; k < stop; ++k) out[k * width + c] = buffer[c * stride + k];
-        }
-    }
+    interleave(tile, buffer, d, out);
     return true;
 }
 

@@ -13,6 +13,12 @@ constexpr int DEPTH = 64;
 constexpr int CHUNK = 8 * DEPTH;  // channels summed into one accumulator: fewer rounding errors in long rows
 constexpr int MAX_ROWS = 16;      // no register tile has more rows
 
+// A product that a sieve lets through: row of the tile, column counted from the first panel, product + bias.
+struct Hit {
+    int32_t row, column;
+    float score;
+};
+
 struct Tile {
     const char* name;  // instruction set
     int rows;          // of a register tile
@@ -28,7 +34,24 @@ struct Tile {
     // does not depend on where row and column stand.
     void (*best)(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
                  float* value, int32_t* index);
+
+    // Write every (row, column) whose product + bias[column] is not below threshold[row], NaN included, and
+    // return how many: at most rows * columns. `bias` is readable up to a whole panel.
+    int64_t (*sieve)(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
+                     const float* threshold, Hit* hits);
+
+    // Sum of (x - y)^2 in float64, the differences rounded to float32. The squares are exact, and channel k
+    // goes to lane k % 16 whatever the instruction set: every one gives the same bits.
+    double (*sq_distance)(const float* x, const float* y, int64_t d);
 };
+
+// Add up the lanes of a sq_distance: one order for all.
+[[gnu::always_inline]] static inline double sum_of_lanes(double* lanes) {
+    for (int half = 8; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+}
 
 extern const Tile baseline_tile;
 #ifdef DINOFAST_X86

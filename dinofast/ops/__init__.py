@@ -1,5 +1,6 @@
 """Operators: declared once, computed by the fastest kernel that can serve the call."""
 
+from dinofast.ops.bank import Bank
 from dinofast.ops.cosine_map import cosine_map
 from dinofast.ops.cosine_max import cosine_max
 from dinofast.ops.dpm_stats import dpm_stats
@@ -11,6 +12,7 @@ from dinofast.ops.upsample_blur import upsample_blur
 __all__ = [
     "MISSING",
     "OPS",
+    "Bank",
     "backend",
     "cosine_map",
     "cosine_max",

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from dinofast.ops.registry import Cost, Sample, define
 from dinofast.ops.rows import BLOCK, check_rows, normalize_rows, require, result_dtype, row_samples
 
+if TYPE_CHECKING:
+    from dinofast.ops.bank import Bank
+
 METRICS = ("cosine", "euclidean", "sqeuclidean")
 
 
-def knn_topk(queries: Tensor, bank: Tensor, k: int = 1, metric: str = "cosine") -> tuple[Tensor, Tensor]:
+def knn_topk(
+    queries: Tensor, bank: Tensor | Bank, k: int = 1, metric: str = "cosine"
+) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of a bank for every query, by exhaustive search.
 
     Memory beyond the arguments and the results is one tile, whatever Q and M.
 
     Args:
         queries: (Q, D), float32, bfloat16, float16 or float64.
-        bank: (M, D), M >= k, same dtype and device.
+        bank: (M, D), M >= k, same dtype and device; or a `Bank` on the same device, whatever the dtype.
         k: neighbors wanted, 1 <= k <= M.
         metric: "cosine" (1 − cosine, in [0, 2], rows normalised inside, a zero row is at distance 1 from
             everything), "euclidean", or "sqeuclidean" (the one squared distance); for these two, norms beyond
-            1e18 leave the range of float32 and give inf or NaN.
+            1e18 leave the range of float32 and give inf or NaN. A `Bank` has its own, which must be this.
 
     Returns:
         distance: (Q, k), ascending, float32 (float64 for float64 arguments).
@@ -31,12 +38,22 @@ def knn_topk(queries: Tensor, bank: Tensor, k: int = 1, metric: str = "cosine") 
         broken bank never looks normal. Indices beside NaN are 0 .. k−1 and mean nothing.
 
     Raises:
-        RuntimeError: not matrices, D, dtype or device differ, empty bank, k < 1, k > M, unknown metric.
+        RuntimeError: not matrices, D, dtype or device differ, empty bank, k < 1, k > M, unknown metric, or
+            not the bank's.
 
     >>> distance, index = knn_topk(torch.tensor([[1.0, 0.0]]), torch.eye(2), k=2)
     >>> distance.tolist(), index.tolist()
     ([[0.0, 1.0]], [[0, 1]])
     """
+    if isinstance(bank, Tensor):
+        return knn_rows(queries, bank, k, metric)
+    if metric != bank.metric:
+        raise RuntimeError(f"knn_topk: metric {metric!r}, but the bank was prepared for {bank.metric!r}")
+    return bank.search(queries, k)
+
+
+def knn_rows(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Call the operator on plain rows."""
     distance, index = torch.ops.dinofast.knn_topk.default(queries, bank, k, metric)
     return distance, index
 
@@ -58,7 +75,8 @@ def _search(queries: Tensor, bank: Tensor, k: int, metric: str, side: int) -> tu
     poisoned = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for start in range(0, bank.shape[0], side):
         y = _prepare(bank[start : start + side], metric)
-        d = (y * y).sum(1) - 2 * (x @ y.T) + (x * x).sum(1, keepdim=True)
+        ones = metric == "cosine"  # a zero row too: at distance 1 from everything
+        d = (1 if ones else (y * y).sum(1)) - 2 * (x @ y.T) + (1 if ones else (x * x).sum(1, keepdim=True))
         poisoned |= d.isnan().any(dim=1)
         new = torch.arange(start, start + y.shape[0], device=x.device).expand(x.shape[0], -1)
         best, index = _smallest(torch.cat([best, d], 1), torch.cat([index, new], 1), k)

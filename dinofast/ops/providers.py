@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.knn_topk import METRICS
+from dinofast.ops.knn_topk import _fake as knn_topk_results
+from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
 from dinofast.ops.registry import MISSING, Kernel, provide
+from dinofast.ops.rows import normalize_rows
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,6 +97,113 @@ else:
         return similarity, index
 
     provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, _refuse_cosine_max))
+
+    def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
+        if queries.dtype not in _DTYPES:
+            return f"wants float32, bfloat16 or float16, got {queries.dtype}"
+        if k > _native.MAX_K:
+            return f"wants k <= {_native.MAX_K}, got {k}"
+        return None
+
+    def _knn_topk_cpu(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+        distance, index = knn_topk_results(queries, bank, k, metric)
+        queries, bank = _dense(queries), _dense(bank)
+        _native.knn_topk(
+            *_matrix(queries),
+            *_matrix(bank),
+            queries.shape[1],
+            _NATIVE_ELEMENTS[queries.dtype],
+            False,
+            k,
+            METRICS.index(metric),
+            distance.data_ptr(),
+            index.data_ptr(),
+            _threads(),
+        )
+        return distance, index
+
+    provide("knn_topk", Kernel("cpu", ("cpu",), _knn_topk_cpu, _refuse_knn_topk))
+
+    INT8_COLUMNS = _native.INT8_COLUMNS
+
+    def _refuse_knn_topk_bank(
+        queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
+    ) -> str | None:
+        if packed[0].dtype != torch.float32:
+            return f"wants a float32 bank, got {packed[0].dtype}"
+        return _refuse_knn_topk(queries, packed[0], k, metric)
+
+    def _knn_topk_bank_cpu(
+        queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        distance, index, visited = knn_topk_bank_results(queries, packed, k, metric, probes)
+        m, d = packed[0].shape
+        if len(packed) == 1:
+            queries = _dense(queries).float()
+            _native.knn_topk(
+                *_matrix(queries),
+                *_matrix(packed[0]),
+                d,
+                _native.FLOAT32,
+                True,
+                k,
+                METRICS.index(metric),
+                distance.data_ptr(),
+                index.data_ptr(),
+                _threads(),
+            )
+            return distance, index, visited.fill_(m)
+        queries = _dense(queries)
+        _native.knn_topk_bank(
+            *_matrix(queries),
+            d,
+            _NATIVE_ELEMENTS[queries.dtype],
+            _pointers(packed),
+            m,
+            len(packed[UNGROUPED - 1]),
+            len(packed[-1]) if len(packed) > UNGROUPED else 0,
+            k,
+            METRICS.index(metric),
+            probes,
+            distance.data_ptr(),
+            index.data_ptr(),
+            visited.data_ptr(),
+            _threads(),
+        )
+        return distance, index, visited
+
+    provide("knn_topk_bank", Kernel("cpu", ("cpu",), _knn_topk_bank_cpu, _refuse_knn_topk_bank))
+
+
+def has_int8() -> bool:
+    """Tell whether the instruction set in use multiplies int8 faster than float32."""
+    return "cpu" not in MISSING and _native.int8_isa() != "baseline"
+
+
+def no_codes(d: int) -> str:
+    """Tell why rows of D channels cannot be searched by int8 codes, or nothing."""
+    if "cpu" in MISSING:
+        return f"no native kernels: {MISSING['cpu']}"
+    return f"D = {d} exceeds {_native.INT8_MAX_D}" if d > _native.INT8_MAX_D else ""
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scale float32 rows (M, D) on the CPU to unit norm with the bits that `knn_topk` computes on the way."""
+    if "cpu" in MISSING:
+        return normalize_rows(rows)
+    out, rows = torch.empty(rows.shape), _dense(rows)
+    _native.unit_rows(*_matrix(rows), rows.shape[1], _native.FLOAT32, out.data_ptr(), _threads())
+    return out
+
+
+def _pointers(packed: list[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in packed] + [0] * (len(FORMS) - len(packed))
+
+
+def quantize_bank(packed: list[Tensor], metric: str) -> None:
+    """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS` from the rest."""
+    (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
+    _native.quantize_bank(_pointers(packed), m, d, columns, METRICS.index(metric), _threads())
 
 
 try:

@@ -33,6 +33,28 @@ struct Avx2 {
     static void scale(const float* x, Float first, Float second, float* out) {
         _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_mul_ps(load(x), first), second));
     }
+    static uint32_t not_below(Float x, Float limit) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
+    }
+    static void put(float* p, Float x) { _mm256_storeu_ps(p, x); }
+    static double sq_distance(const float* x, const float* y, int64_t d) {
+        __m256d sum[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
+        int64_t k = 0;
+        for (; k + 16 <= d; k += 16) {
+            for (int i = 0; i < 4; ++i) {
+                const __m128 v = _mm_sub_ps(_mm_loadu_ps(x + k + 4 * i), _mm_loadu_ps(y + k + 4 * i));
+                const __m256d wide = _mm256_cvtps_pd(v);
+                sum[i] = _mm256_fmadd_pd(wide, wide, sum[i]);
+            }
+        }
+        double lanes[16];
+        for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lanes + 4 * i, sum[i]);
+        for (int lane = 0; k < d; ++k, ++lane) {
+            const double v = x[k] - y[k];
+            lanes[lane] += v * v;
+        }
+        return sum_of_lanes(lanes);
+    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m256d low = _mm256_setzero_pd(), high = low;
         int64_t k = 0;
@@ -52,6 +74,12 @@ struct Avx2 {
 
 }  // namespace
 
-const Tile avx2_tile = {"avx2", 6, 16, register_tile_normalize<Avx2>, register_tile_best<Avx2, 6>};
+const Tile avx2_tile = {"avx2",
+                        6,
+                        16,
+                        register_tile_normalize<Avx2>,
+                        register_tile_best<Avx2, 6>,
+                        register_tile_sieve<Avx2, 6>,
+                        Avx2::sq_distance};
 
 }  // namespace dinofast

@@ -34,6 +34,25 @@ struct Avx512 {
     static void scale(const float* x, Float first, Float second, float* out) {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
+    static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
+    static void put(float* p, Float x) { _mm512_storeu_ps(p, x); }
+    static double sq_distance(const float* x, const float* y, int64_t d) {
+        __m512d low = _mm512_setzero_pd(), high = low;
+        for (int64_t k = 0; k < d; k += 16) {
+            const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
+            const Float v =
+                _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + k), _mm512_maskz_loadu_ps(valid, y + k));
+            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+            const __m512d b =
+                _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+            low = _mm512_fmadd_pd(a, a, low);
+            high = _mm512_fmadd_pd(b, b, high);
+        }
+        double lanes[16];
+        _mm512_storeu_pd(lanes, low);
+        _mm512_storeu_pd(lanes + 8, high);
+        return sum_of_lanes(lanes);
+    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m512d low = _mm512_setzero_pd(), high = low;
         for (int64_t k = 0; k < d; k += 16) {
@@ -51,6 +70,12 @@ struct Avx512 {
 
 }  // namespace
 
-const Tile avx512_tile = {"avx512", 12, 32, register_tile_normalize<Avx512>, register_tile_best<Avx512, 12>};
+const Tile avx512_tile = {"avx512",
+                          12,
+                          32,
+                          register_tile_normalize<Avx512>,
+                          register_tile_best<Avx512, 12>,
+                          register_tile_sieve<Avx512, 12>,
+                          Avx512::sq_distance};
 
 }  // namespace dinofast

@@ -9,6 +9,41 @@
 
 namespace dinofast {
 
+// Products of a tile with one panel, left and right half.
+template <class V, int ROWS>
+[[gnu::always_inline]] inline void register_tile_products(const float* tile, const float* b, int64_t d,
+                                                          typename V::Float (&left)[ROWS],
+                                                          typename V::Float (&right)[ROWS]) {
+    using Float = typename V::Float;
+    constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) left[r] = right[r] = V::set(0);
+    for (int64_t start = 0; start < d; start += CHUNK) {
+        const int64_t stop = d - start < CHUNK ? d : start + CHUNK;
+        Float sum_left[ROWS], sum_right[ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) sum_left[r] = sum_right[r] = V::set(0);
+        for (int64_t run = start; run < stop; run += DEPTH) {
+            const float* a = tile + run * ROWS;
+            const int64_t depth = stop - run < DEPTH ? stop - run : DEPTH;
+            for (int64_t k = 0; k < depth; ++k, b += WIDTH) {
+                const Float b_left = V::load(b), b_right = V::load(b + LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; ++r) {
+                    const Float x = V::set(a[r * DEPTH + k]);
+                    sum_left[r] = V::multiply_add(x, b_left, sum_left[r]);
+                    sum_right[r] = V::multiply_add(x, b_right, sum_right[r]);
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            left[r] = V::add(left[r], sum_left[r]);
+            right[r] = V::add(right[r], sum_right[r]);
+        }
+    }
+}
+
 template <class V, int ROWS>
 void register_tile_best(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
                         float* value, int32_t* index) {
@@ -22,34 +57,8 @@ void register_tile_best(const float* tile, const float* panels, int64_t columns,
         best_index[r] = V::count_from(first);
     }
     for (int64_t column = 0; column < columns; column += WIDTH) {
-        const float* b = panels + column * d;
         Float left[ROWS], right[ROWS];
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) left[r] = right[r] = V::set(0);
-        for (int64_t start = 0; start < d; start += CHUNK) {
-            const int64_t stop = d - start < CHUNK ? d : start + CHUNK;
-            Float sum_left[ROWS], sum_right[ROWS];
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) sum_left[r] = sum_right[r] = V::set(0);
-            for (int64_t run = start; run < stop; run += DEPTH) {
-                const float* a = tile + run * ROWS;
-                const int64_t depth = stop - run < DEPTH ? stop - run : DEPTH;
-                for (int64_t k = 0; k < depth; ++k, b += WIDTH) {
-                    const Float b_left = V::load(b), b_right = V::load(b + LANES);
-#pragma GCC unroll 16
-                    for (int r = 0; r < ROWS; ++r) {
-                        const Float x = V::set(a[r * DEPTH + k]);
-                        sum_left[r] = V::multiply_add(x, b_left, sum_left[r]);
-                        sum_right[r] = V::multiply_add(x, b_right, sum_right[r]);
-                    }
-                }
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) {
-                left[r] = V::add(left[r], sum_left[r]);
-                right[r] = V::add(right[r], sum_right[r]);
-            }
-        }
+        register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right);
         const int32_t number = first + static_cast<int32_t>(column);
         const Int left_index = V::count_from(number), right_index = V::count_from(number + LANES);
         const int valid = columns - column < WIDTH ? static_cast<int>(columns - column) : WIDTH;
@@ -82,6 +91,36 @@ void register_tile_best(const float* tile, const float* panels, int64_t columns,
             index[r] = at;
         }
     }
+}
+
+template <class V, int ROWS>
+int64_t register_tile_sieve(const float* tile, const float* panels, int64_t columns, int64_t d,
+                            const float* bias, const float* threshold, Hit* hits) {
+    using Float = typename V::Float;
+    constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
+    int64_t found = 0;
+    for (int64_t column = 0; column < columns; column += WIDTH) {
+        Float left[ROWS], right[ROWS];
+        register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right);
+        const Float bias_left = V::load(bias + column), bias_right = V::load(bias + column + LANES);
+        const int64_t present = columns - column;
+        const uint32_t valid = present < WIDTH ? (1u << present) - 1 : 0xffffffffu;
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const Float limit = V::set(threshold[r]);
+            const Float x = V::add(left[r], bias_left), y = V::add(right[r], bias_right);
+            uint32_t through = V::not_below(x, limit) | V::not_below(y, limit) << LANES;
+            if (__builtin_expect(through == 0, 1)) continue;
+            float score[WIDTH];
+            V::put(score, x);
+            V::put(score + LANES, y);
+            for (through &= valid; through != 0; through &= through - 1) {
+                const int lane = __builtin_ctz(through);
+                hits[found++] = {r, static_cast<int32_t>(column) + lane, score[lane]};
+            }
+        }
+    }
+    return found;
 }
 
 // Two factors that bring a row of this sum of squares to unit norm. The first is 1, or a power of two where

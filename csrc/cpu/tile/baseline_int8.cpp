@@ -1,0 +1,37 @@
+#include "../int8_tile.h"
+
+namespace dinofast {
+namespace {
+
+int64_t sieve(const int32_t* tile, const float* row_scale, const int32_t* row_sum, const uint8_t* panels,
+              int64_t columns, int64_t quads, const float* scale, const float* bias, const float* threshold,
+              Hit* hits) {
+    constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS;
+    int64_t found = 0;
+    for (int64_t column = 0; column < columns; column += COLUMNS) {
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t sum[COLUMNS];
+            for (int c = 0; c < COLUMNS; ++c) sum[c] = -128 * row_sum[r];
+            for (int64_t quad = 0; quad < quads; ++quad) {
+                const int8_t* a = reinterpret_cast<const int8_t*>(tile + quad * ROWS + r);
+                const uint8_t* b = panels + (column * quads + quad * COLUMNS) * 4;
+                for (int c = 0; c < COLUMNS; ++c) {
+                    sum[c] +=
+                        a[0] * b[4 * c] + a[1] * b[4 * c + 1] + a[2] * b[4 * c + 2] + a[3] * b[4 * c + 3];
+                }
+            }
+            for (int c = 0; c < COLUMNS && column + c < columns; ++c) {
+                const float score =
+                    row_scale[r] * (scale[column + c] * static_cast<float>(sum[c])) + bias[column + c];
+                if (!(score < threshold[r])) hits[found++] = {r, static_cast<int32_t>(column + c), score};
+            }
+        }
+    }
+    return found;
+}
+
+}  // namespace
+
+const Int8Tile baseline_int8_tile = {"baseline", sieve};
+
+}  // namespace dinofast

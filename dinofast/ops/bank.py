@@ -1,0 +1,374 @@
+"""A bank of rows, prepared once for many nearest-neighbor searches."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dinofast import artifact
+from dinofast.errors import ArtifactError, InputError
+from dinofast.ops import providers
+from dinofast.ops.knn_topk import METRICS, knn_rows
+from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.rows import BLOCK, normalize_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Self
+
+STRATEGIES = ("auto", "float32", "lowp", "pruned", "approximate")
+FEW = 4096  # rows below which the automatic choice prepares nothing
+MANY = 16384  # rows from which it tries groups
+WORTHWHILE = {
+    True: 0.3,
+    False: 0.05,
+}  # share of rows visited below which groups pay: with int8 hardware, without
+HELD = 192  # rows that the automatic choice and the recall are measured on
+PROBES = 8  # groups that an approximate search looks into
+
+
+class Bank:
+    """Keep rows in the forms that make searching them fast; give it to `knn_topk` in place of a tensor.
+
+    "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
+    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means and skips
+    groups that the triangle inequality rules out. These three give the same results, bit for bit.
+    "approximate" looks only into the groups nearest to a query and may miss neighbors; `recall` tells how
+    many. "auto" takes "float32" for fewer than 4096 rows, "pruned" from 16384 rows on where a search for the
+    nearest other row of 192 rows visits less than 30 % of the bank (5 % without int8 instructions), else
+    "lowp" with such instructions, else "float32".
+
+    A bank on another device than the CPU, and any bank without the native kernels, is "float32".
+
+    Args:
+        rows: (M, D), M >= 1, floating point, finite; copied and kept as float32. A `numpy.memmap` of float32
+            is neither copied nor prepared: every search streams it from the file, by "float32".
+        metric: "cosine", "euclidean" or "sqeuclidean", as for `knn_topk`.
+        strategy: one of "auto", "float32", "lowp", "pruned", "approximate".
+        seed: of the k-means that groups rows.
+
+    Attributes:
+        metric: as given.
+        strategy: the one in use.
+        reason: why, where it is not the one asked for or where "auto" chose; else empty.
+        build_seconds: time that preparing took, the last `add` or `remove` included.
+        visited_share: of the last search, the share of rows that a query was compared with, in [0, 1]; NaN
+            before the first.
+        recall: of "approximate": the share of 192 rows of the bank whose nearest other row is found; else 1.
+
+    Raises:
+        InputError: rows are no matrix, not floating point, none, hold NaN or inf; unknown metric or strategy.
+
+    >>> from dinofast.ops import knn_topk
+    >>> bank = Bank(torch.eye(3))
+    >>> distance, index = knn_topk(torch.tensor([[0.0, 2.0, 0.0]]), bank)
+    >>> distance.item(), index.item(), len(bank), bank.strategy
+    (0.0, 1, 3, 'float32')
+    """
+
+    def __init__(
+        self,
+        rows: Tensor | np.memmap[tuple[int, int], np.dtype[np.float32]],
+        metric: str = "cosine",
+        strategy: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if metric not in METRICS:
+            raise InputError(f"Bank: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+        if strategy not in STRATEGIES:
+            raise InputError(f"Bank: unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
+        self.metric, self._wanted, self._seed = metric, strategy, seed
+        self.mapped = not isinstance(rows, Tensor)
+        start = time.perf_counter()
+        if isinstance(rows, Tensor):
+            self._build(_prepare(rows, metric), start)
+            return
+        tensor = _map(rows)
+        if strategy not in ("auto", "float32"):
+            raise InputError(f"Bank: a memory-mapped bank is searched by 'float32', not {strategy!r}")
+        _check_finite(tensor)
+        self._use([tensor], "float32", "the rows are memory-mapped", start)
+
+    def __len__(self) -> int:
+        return self.packed[0].shape[0]
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows (M, D), float32; for cosine scaled to unit norm, unless memory-mapped."""
+        return self.packed[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all prepared forms take, the rows included."""
+        return sum(x.nbytes for x in self.packed)
+
+    def add(self, rows: Tensor) -> Self:
+        """Append rows and prepare the bank anew.
+
+        Args:
+            rows: (N, D), N >= 1, as for the constructor; N rows get the numbers M .. M + N − 1.
+
+        Returns:
+            The bank itself; unchanged when an error is raised.
+
+        Raises:
+            InputError: as the constructor; D or device differ; the bank is memory-mapped.
+        """
+        start = time.perf_counter()
+        self._refuse_mapped("add")
+        new = _prepare(rows, self.metric)
+        if new.shape[1] != self.rows.shape[1] or new.device != self.rows.device:
+            raise InputError(
+                f"Bank.add: the bank has D = {self.rows.shape[1]} on {self.rows.device}, "
+                f"the rows D = {new.shape[1]} on {new.device}"
+            )
+        self._build(torch.cat([self.rows, new]), start)
+        return self
+
+    def remove(self, indices: Tensor) -> Self:
+        """Take rows out and prepare the bank anew; later rows move up.
+
+        Args:
+            indices: (N,), int64, in [0, M); duplicates count once.
+
+        Returns:
+            The bank itself; unchanged when an error is raised.
+
+        Raises:
+            InputError: an index out of range or no integer; no row would be left; the bank is memory-mapped.
+        """
+        start = time.perf_counter()
+        self._refuse_mapped("remove")
+        indices = torch.as_tensor(indices, device=self.rows.device)
+        if indices.is_floating_point() or indices.dtype == torch.bool or indices.dim() != 1:
+            raise InputError(
+                f"Bank.remove: wants row numbers (N,), got {indices.dtype} {tuple(indices.shape)}"
+            )
+        outside = indices[(indices < 0) | (indices >= len(self))]
+        if len(outside):
+            raise InputError(f"Bank.remove: row {int(outside[0])} is outside [0, {len(self)})")
+        keep = torch.ones(len(self), dtype=torch.bool, device=self.rows.device)
+        keep[indices.long()] = False
+        if not bool(keep.any()):
+            raise InputError("Bank.remove: no row would be left")
+        self._build(self.rows[keep], start)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank, prepared forms included, to one file.
+
+        Raises:
+            InputError: the file cannot be written; the bank is memory-mapped, a file already.
+        """
+        self._refuse_mapped("save")
+        names = FORMS[: len(self.packed)]
+        config = {
+            name: getattr(self, name) for name in ("metric", "strategy", "reason", "recall", "build_seconds")
+        }
+        config |= {"wanted": self._wanted, "seed": self._seed}
+        artifact.write(path, "bank", dict(zip(names, self.packed, strict=True)), config)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: there is no such file, or it cannot be opened.
+            ArtifactError: the file is torn or holds something else.
+        """
+        tensors, config = artifact.read(path, "bank")
+        names = FORMS[: len(tensors)]
+        if (
+            len(tensors) not in (1, UNGROUPED, len(FORMS))
+            or set(tensors) != set(names)
+            or tensors["rows"].dim() != 2
+            or config.get("metric") not in METRICS
+        ):
+            raise ArtifactError(f"{path}: not a bank's tensors: {', '.join(sorted(tensors))}; save it again.")
+        bank = cls.__new__(cls)
+        bank.metric, bank._wanted, bank._seed, bank.mapped = (
+            config["metric"], config["wanted"], config["seed"], False,
+        )  # fmt: skip
+        bank._use(
+            [tensors[name] for name in names], config["strategy"], config["reason"], time.perf_counter()
+        )
+        bank.build_seconds, bank.recall = config["build_seconds"], config["recall"]
+        if len(bank.packed) > 1 and (reason := _no_codes(bank.rows)):
+            bank._use(bank.packed[:1], "float32", reason, time.perf_counter())
+        return bank
+
+    def _refuse_mapped(self, what: str) -> None:
+        if self.mapped:
+            raise InputError(f"Bank.{what}: the bank is memory-mapped and never changes; change its file")
+
+    def _use(self, packed: list[Tensor], strategy: str, reason: str, start: float) -> None:
+        self.packed, self.strategy, self.reason = packed, strategy, reason
+        self.visited_share, self.recall = float("nan"), 1.0
+        self.build_seconds = time.perf_counter() - start
+
+    def _build(self, rows: Tensor, start: float) -> None:
+        """Prepare the forms of the wanted strategy, or of the one that `auto` finds best."""
+        wanted, m = self._wanted, rows.shape[0]
+        reason = _no_codes(rows)
+        if wanted == "lowp" and not reason and not providers.has_int8():
+            reason = "this processor has no int8 instructions"
+        if wanted == "auto" and not reason and m < FEW:
+            reason = f"the bank has fewer than {FEW} rows"
+        if wanted == "float32" or reason:
+            self._use([rows], "float32", "" if wanted == "float32" else reason, start)
+            return
+        if wanted == "lowp" or (wanted == "auto" and m < MANY):
+            if wanted == "auto" and not providers.has_int8():
+                self._use([rows], "float32", "this processor has no int8 instructions", start)
+                return
+            reason = f"the bank has fewer than {MANY} rows" if wanted == "auto" else ""
+            self._use(_pack(rows, self.metric, None), "lowp", reason, start)
+            return
+        packed = _pack(rows, self.metric, _group(rows, self._seed))
+        self._use(packed, "pruned" if wanted == "auto" else wanted, "", start)
+        if wanted == "auto":
+            self._choose(packed, start)
+        elif wanted == "approximate":
+            self.recall = self._measure_recall(packed)
+        self.build_seconds = time.perf_counter() - start
+
+    def _choose(self, packed: list[Tensor], start: float) -> None:
+        visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
+        share = float(visited.double().mean()) / packed[0].shape[0]
+        int8 = providers.has_int8()
+        if share < WORTHWHILE[int8]:
+            self._use(packed, "pruned", f"a search visits {share:.1%} of the rows", start)
+            return
+        reason = f"groups rule out too little: a search would visit {min(share, 1):.1%} of the rows"
+        if int8:
+            self._use(packed[:UNGROUPED], "lowp", reason, start)
+        else:
+            self._use(packed[:1], "float32", reason, start)
+
+    def _measure_recall(self, packed: list[Tensor]) -> float:
+        queries = _held(packed[0])
+        exact = knn_bank(queries, packed, 2, self.metric, 0)[0][:, 1]
+        found = knn_bank(queries, packed, 2, self.metric, PROBES)[0][:, 1]
+        return float((found <= exact).double().mean())
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Answer `knn_topk(queries, self, k)`."""
+        if self.mapped:
+            self.visited_share = 1.0
+            return knn_rows(queries.to(torch.float32), self.rows, k, self.metric)
+        probes = PROBES if self.strategy == "approximate" else 0
+        distance, index, visited = knn_bank(queries, self.packed, k, self.metric, probes)
+        if len(queries):
+            self.visited_share = min(float(visited.double().mean()) / len(self), 1.0)
+        return distance, index
+
+
+def knn_bank(
+    queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator on the tensors of a bank."""
+    distance, index, visited = torch.ops.dinofast.knn_topk_bank.default(queries, packed, k, metric, probes)
+    return distance, index, visited
+
+
+def _no_codes(rows: Tensor) -> str:
+    """Tell why this machine cannot search the rows by codes, or nothing."""
+    if rows.device.type != "cpu":
+        return f"the rows are on {rows.device}"
+    return providers.no_codes(rows.shape[1])
+
+
+def _prepare(rows: Tensor, metric: str) -> Tensor:
+    """Copy rows to contiguous float32, of unit norm for cosine; refuse what is no bank."""
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise InputError(f"Bank: rows must be a floating-point matrix, got {rows.dtype} {tuple(rows.shape)}")
+    if rows.shape[0] == 0 or rows.shape[1] == 0:
+        raise InputError(f"Bank: no rows or no channels, got {tuple(rows.shape)}")
+    rows = rows.detach().to(torch.float32)
+    _check_finite(rows)
+    if metric != "cosine":
+        return rows.clone(memory_format=torch.contiguous_format)
+    return providers.unit_rows(rows) if rows.device.type == "cpu" else normalize_rows(rows)
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    step = max(1, BLOCK // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        yield start, rows[start : start + step]
+
+
+def _check_finite(rows: Tensor) -> None:
+    for start, block in _blocks(rows):
+        if not bool(block.sum().isfinite()):  # a sum of finite rows may overflow, so look closer
+            broken = (~block.isfinite().all(dim=1)).nonzero()
+            if len(broken):
+                raise InputError(f"Bank: row {start + int(broken[0])} holds NaN or inf; remove it")
+
+
+def _map(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Tensor:
+    import warnings
+
+    import numpy as np
+
+    if not isinstance(rows, np.memmap) or rows.ndim != 2 or rows.dtype != np.float32 or 0 in rows.shape:
+        what = f"{getattr(rows, 'dtype', '')} {getattr(rows, 'shape', '')}"
+        raise InputError(
+            f"Bank: rows must be a tensor or a float32 memory map (M, D), got {type(rows).__name__} {what}"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        return torch.from_numpy(rows)
+
+
+def _held(rows: Tensor) -> Tensor:
+    """Take up to `HELD` rows, evenly."""
+    return rows[:: max(1, rows.shape[0] // HELD)][:HELD]
+
+
+def _group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,)."""
+    m = rows.shape[0]
+    count = max(1, min(int(m**0.5), 4096))
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
+    centroids, sample = rows[order[:count]].clone(), rows[order[: 32 * count]]
+    for _ in range(5):
+        group = knn_rows(sample, centroids, 1, "sqeuclidean")[1][:, 0]
+        size = torch.bincount(group, minlength=count)
+        total = torch.zeros_like(centroids).index_add_(0, group, sample)
+        centroids = torch.where(size[:, None] > 0, total / size[:, None].clamp_min(1), centroids)
+    if not bool(centroids.isfinite().all()):  # norms beyond float32's sums
+        centroids = rows[order[:1]].clone()
+    distance, index = knn_rows(rows, centroids, 1, "euclidean")
+    radius = torch.zeros(len(centroids)).scatter_reduce_(0, index[:, 0], distance[:, 0], "amax")
+    return centroids, radius * (1 + 1e-6), index[:, 0]
+
+
+def _pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
+    """Quantize rows, group after group, each padded to whole panels."""
+    width, (m, d) = providers.INT8_COLUMNS, rows.shape
+    group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
+    size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
+    padded = (size + width - 1) // width * width
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
+    order = group.argsort(stable=True)
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
+    columns = int(starts[-1])
+    row = torch.full((columns,), -1, dtype=torch.int64)
+    row[starts[group[order]] + torch.arange(m) - first[group[order]]] = order
+    center = rows[:: max(1, m // 1024)].double().mean(dim=0).float()
+    packed = [
+        rows,
+        torch.where(center.isfinite(), center, 0),
+        torch.zeros(1),
+        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
+        *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
+        row,
+        *((starts, *groups[:2]) if groups else ()),
+    ]
+    providers.quantize_bank(packed, metric)
+    return packed

@@ -1,0 +1,109 @@
+"""knn_topk_bank: knn_topk over the forms that a Bank prepared once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinofast.ops.knn_topk import METRICS
+from dinofast.ops.knn_topk import _reference as search
+from dinofast.ops.knn_topk import _verify as verify
+from dinofast.ops.registry import Cost, Sample, define
+from dinofast.ops.rows import require, result_dtype, row_samples
+
+STRATEGIES = ("float32", "lowp", "pruned")
+"""Those that give the same results."""
+
+
+FORMS = (
+    *("rows", "center", "weight", "codes", "scale", "bias", "error", "row"),
+    *("starts", "centroids", "radius"),
+)
+"""The tensors behind a Bank, on the CPU, in the order of the operator's list.
+
+A column is a bank row in the order of the groups, or padding; P columns in panels of 32. The list is the
+first of these alone, the first eight, or all.
+
+- rows: (M, D), float32, finite; for cosine of unit norm or zero.
+- center: (D,), float32, subtracted before quantization.
+- weight: (1,), float32, how the bound on the quantization error is shared by its two sides.
+- codes: (P · 4 · ceil(D / 4),), uint8, panel after panel.
+- scale: (P,), float32, of the codes.
+- bias: (P,), float32, what a column adds to a product, at most.
+- error: (P,), float32, half of what it may add too much.
+- row: (P,), int64, the row of a column; −1 for padding.
+- starts: (G + 1,), int64, first column of each group.
+- centroids: (G, D), float32.
+- radius: (G,), float32: no row of the group is farther from its centroid.
+"""
+UNGROUPED = 8
+
+
+def _reference(
+    queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _fake(queries, packed, k, metric, probes)
+    dtype = result_dtype(queries)
+    distance, index = search(queries.to(dtype), packed[0].to(dtype), k, metric)
+    return distance, index, torch.full_like(index[:, 0], packed[0].shape[0])
+
+
+def _fake(
+    queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    m, d = packed[0].shape
+    require(queries.dim() == 2, lambda: f"knn_topk: queries must be a matrix, got {queries.dim()} dimensions")
+    require(
+        queries.is_floating_point(), lambda: f"knn_topk: queries must be floating point, got {queries.dtype}"
+    )
+    require(queries.shape[1] == d, lambda: f"knn_topk: D differs, queries {queries.shape[1]} and bank {d}")
+    if queries.device != packed[0].device:
+        raise RuntimeError(f"knn_topk: device differs, queries {queries.device} and bank {packed[0].device}")
+    require(k >= 1, lambda: f"knn_topk: k must be at least 1, got {k}")
+    require(k <= m, lambda: f"knn_topk: k = {k} exceeds the bank's {m} rows")
+    require(metric in METRICS, lambda: f"knn_topk: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+    q = queries.shape[0]
+    return (
+        queries.new_empty((q, k), dtype=result_dtype(queries)),
+        queries.new_empty((q, k), dtype=torch.int64),
+        queries.new_empty(q, dtype=torch.int64),
+    )
+
+
+def _verify(args: tuple[object, ...], results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> None:
+    queries, packed, k, metric, _ = args
+    assert isinstance(packed, list)
+    verify((queries, packed[0], k, metric), results[:2], truth[:2])
+    assert bool((results[2] >= 0).all()), "negative count of columns"
+
+
+def _cost(queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int) -> Cost:
+    (q, d), m = queries.shape, packed[0].shape[0]
+    return Cost(bytes=q * d * queries.element_size() + m * d + q * k * 12, flops=2 * q * m * d)
+
+
+def _samples() -> list[Sample]:
+    from dinofast.ops.bank import Bank  # which imports this file
+
+    found: list[Sample] = []
+    for metric in METRICS:
+        for pair in row_samples((30, 1100)):
+            queries, rows = pair.args
+            if "huge" in pair.name and metric != "cosine":
+                continue
+            strategy = STRATEGIES[len(found) % len(STRATEGIES)]
+            packed, k = Bank(rows, metric, strategy).packed, min(2, rows.shape[0])
+            found.append(Sample(f"{pair.name} {metric} {strategy}", (queries, packed, k, metric, 0)))
+    return found
+
+
+OP = define(
+    "knn_topk_bank(Tensor queries, Tensor[] packed, int k, str metric, int probes)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+    cost=_cost,
+    inputs=(0,),
+    verify=_verify,
+)

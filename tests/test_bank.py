@@ -1,0 +1,278 @@
+"""Bank: every strategy gives the same bits, the bounds hold, bad input is refused, files come back."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinofast.errors import ArtifactError, InputError
+from dinofast.ops import Bank, knn_topk, providers
+from dinofast.ops.bank import _group, _pack, knn_bank
+from dinofast.ops.knn_topk import METRICS
+from dinofast.ops.knn_topk_bank import FORMS
+
+native = pytest.importorskip("dinofast._native", reason="built without native kernels")
+ISAS = native.available_isas()
+EXACT = ("float32", "lowp", "pruned")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("DINOFAST_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def forms(rows, metric):
+    """The prepared forms of every exact strategy, whatever the processor has."""
+    (one,) = Bank(rows, metric, "float32").packed
+    return {
+        "float32": [one],
+        "lowp": _pack(one, metric, None),
+        "pruned": _pack(one, metric, _group(one, 0)),
+    }
+
+
+def assert_same(queries, rows, k, metric):
+    """Every strategy gives the bits of the plain search."""
+    expected = knn_topk(queries, rows, k, metric)
+    for name, packed in forms(rows, metric).items():
+        found = knn_bank(queries, packed, k, metric, 0)
+        for got, want in zip(found, expected, strict=False):
+            assert got.numpy().tobytes() == want.numpy().tobytes(), (name, metric)
+
+
+def clustered(count, d, spread=0.3, clusters=12):
+    centers = torch.randn(clusters, d, generator=torch.Generator().manual_seed(3)) * 2
+    return centers[torch.randint(clusters, (count,))] + spread * torch.randn(count, d)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 5, 64])
+def test_strategies_agree_bit_for_bit(isa, metric, k):
+    assert_same(torch.randn(70, 50), torch.randn(3000, 50), k, metric)
+    assert_same(clustered(70, 65), clustered(3000, 65), k, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_strategies_agree_on_adversarial_rows(isa, metric):
+    """One huge channel makes int8 codes useless for the rest; ties, duplicates, zero rows, offsets, tails."""
+    spike = torch.randn(900, 33)
+    spike[::3, 5] = 100
+    few = torch.randn(7, 33)[torch.randint(7, (900,))]
+    zero = torch.randn(900, 33)
+    zero[::50] = 0
+    offset = torch.randn(900, 33) * 0.01 + 50
+    norms = torch.randn(900, 33) * 10.0 ** torch.linspace(-10, 10, 900)[:, None]
+    for rows in (spike, few, zero, offset, norms):
+        queries = torch.cat([rows[::40], rows[3::40] + 1e-4, torch.randn(5, 33)])
+        assert_same(queries, rows, 3, metric)
+    assert_same(torch.randn(3, 1), torch.randn(90, 1), 2, metric)
+    huge = torch.randn(100, 3) * 1e30
+    if metric != "sqeuclidean":
+        assert_same(huge[:4] + 1, huge, 2, metric)
+
+
+NUMBERS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1e-40, 1e-20, 127.0, 1e10]), st.floats(-4, 4, width=32))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(data=st.data(), metric=st.sampled_from(METRICS), isa=st.sampled_from(ISAS))
+def test_drawn_banks(data, metric, isa):
+    d, m, q = (data.draw(st.integers(1, high)) for high in (20, 60, 14))
+    k = data.draw(st.integers(1, m))
+    numbers = torch.tensor(data.draw(st.lists(NUMBERS, min_size=d, max_size=4 * d)))
+    picks = data.draw(st.lists(st.integers(0, len(numbers) - d), min_size=m + q, max_size=m + q))
+    drawn = torch.stack([numbers[i : i + d] for i in picks])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DINOFAST_ISA", isa)
+        assert_same(drawn[m:], drawn[:m], k, metric)
+
+
+def test_the_bound_on_the_quantization_error_holds_and_is_not_idle():
+    """score + error of both sides is above the true score, score − 2 · error below; and not by much."""
+    rows = torch.nn.functional.normalize(clustered(500, 384))
+    packed = SimpleNamespace(**dict(zip(FORMS, _pack(rows, "cosine", None), strict=False)))
+    codes = packed.codes.view(-1, 96, 32, 4).permute(0, 2, 1, 3).reshape(-1, 384).double() - 128
+    approximate = codes * packed.scale.double()[:, None]
+    centered = (rows - packed.center).double()
+    truth = centered @ centered.T - centered.square().sum(1) / 2
+    upper = approximate @ approximate.T + packed.bias.double()
+    assert approximate.shape[0] == 512
+    error = packed.error.double()  # rows are their own queries, with the same part of the bound
+    upper, error = upper[:500, :500], error[:500]
+    assert bool((upper + error[:, None] >= truth).all())
+    assert bool((upper - 2 * error - error[:, None] <= truth).all())
+    assert float((upper - error - truth).abs().max()) > 0.02 * float(error.max())
+
+
+@pytest.mark.parametrize("strategy", ["lowp", "pruned", "approximate"])
+def test_the_same_for_any_number_of_threads(restored_threads, strategy):
+    queries, bank = clustered(300, 40), Bank(clustered(5000, 40), "euclidean", strategy)
+    found, shares = [], []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(knn_topk(queries, bank, 3, "euclidean"))
+        shares.append(bank.visited_share)
+    for distance, index in found[1:]:
+        assert torch.equal(distance, found[0][0])
+        assert torch.equal(index, found[0][1])
+    assert shares == [shares[0]] * 3
+
+
+def test_pruned_visits_few_rows_of_clustered_banks():
+    bank = Bank(clustered(20_000, 64, spread=0.1, clusters=50), strategy="pruned")
+    assert math.isnan(bank.visited_share)
+    knn_topk(clustered(500, 64, spread=0.1, clusters=50), bank)
+    assert 0 < bank.visited_share < 0.2
+
+
+def test_auto_follows_its_rules(monkeypatch):
+    assert Bank(torch.randn(100, 8)).strategy == "float32"
+    loose, tight = torch.randn(17_000, 64), clustered(17_000, 64, spread=0.05, clusters=60)
+    assert Bank(tight).strategy == "pruned"
+    assert Bank(tight).reason.startswith("a search visits")
+    for has, expected in ((True, "lowp"), (False, "float32")):
+        monkeypatch.setattr(providers, "has_int8", lambda has=has: has)
+        assert Bank(loose).strategy == expected
+        assert Bank(loose[:5000]).strategy == expected
+        assert Bank(loose, strategy="lowp").strategy == expected
+    assert Bank(loose, strategy="lowp").reason == "this processor has no int8 instructions"
+    assert_same(loose[:20], Bank(loose).rows, 2, "euclidean")
+
+
+def test_approximate_reports_its_recall():
+    tight = Bank(clustered(5000, 64, spread=0.05, clusters=60), strategy="approximate")
+    assert tight.strategy == "approximate"
+    assert tight.recall > 0.95
+    loose = Bank(torch.randn(5000, 64), strategy="approximate")
+    assert 0 < loose.recall < 0.9
+    distance, index = knn_topk(torch.randn(30, 64), loose, 64)
+    assert bool(distance.isfinite().all())
+    assert bool((index >= 0).all())
+    assert all(Bank(torch.randn(50, 4), strategy=s).recall == 1 for s in EXACT)
+
+
+def test_add_and_remove_equal_a_new_bank():
+    rows, more, queries = torch.randn(600, 20), torch.randn(70, 20), torch.randn(9, 20)
+    for strategy in EXACT:
+        bank = Bank(rows, "euclidean", strategy).add(more)
+        assert len(bank) == 670
+        bank.remove(torch.tensor([0, 5, 669, 5]))
+        kept = torch.cat([rows, more])[[i for i in range(670) if i not in (0, 5, 669)]]
+        assert len(bank) == 667
+        got, want = knn_topk(queries, bank, 4, "euclidean"), knn_topk(queries, kept, 4, "euclidean")
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+        assert bank.build_seconds > 0
+        assert bank.nbytes >= 667 * 20 * 4
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "approximate"])
+def test_save_and_load_keep_every_number(tmp_path, strategy):
+    bank = Bank(clustered(700, 21), "cosine", strategy)
+    bank.save(tmp_path / "bank.safetensors")
+    loaded = Bank.load(tmp_path / "bank.safetensors")
+    for name in ("metric", "strategy", "reason", "recall", "build_seconds", "nbytes"):
+        assert getattr(loaded, name) == getattr(bank, name)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.packed, bank.packed, strict=True))
+    queries = torch.randn(7, 21)
+    assert torch.equal(knn_topk(queries, loaded)[0], knn_topk(queries, bank)[0])
+    assert len(loaded.add(torch.ones(1, 21))) == 701
+    bank.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    from dinofast import artifact
+
+    artifact.write(tmp_path / "model", "model", {"rows": torch.ones(2, 2)}, {})
+    artifact.write(tmp_path / "odd", "bank", {"rows": torch.ones(2, 2), "x": torch.ones(1)}, {})
+    for name in ("model", "odd"):
+        with pytest.raises(ArtifactError, match=name):
+            Bank.load(tmp_path / name)
+
+
+def test_halves_and_broken_queries():
+    bank = Bank(torch.randn(400, 24).half(), strategy="lowp")
+    queries = torch.randn(30, 24)
+    queries[4, 2], queries[5, 0], queries[6] = math.nan, math.inf, 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        distance, index = knn_topk(queries.to(dtype), bank, 3)
+        assert distance.isnan().all(1).nonzero().flatten().tolist() == [4, 5]
+        assert index[4:7].tolist() == [[0, 1, 2]] * 3
+        assert distance[6].tolist() == [1, 1, 1]
+    assert knn_topk(queries[:0], bank)[0].shape == (0, 1)
+    assert knn_topk(torch.randn(2, 24), bank, 100)[0].shape == (2, 100)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Bank(torch.ones(3)), r"must be a floating-point matrix, got torch.float32 \(3,\)"),
+        (lambda: Bank(torch.ones(3, 2).int()), "must be a floating-point matrix, got torch.int32"),
+        (lambda: Bank(torch.ones(0, 2)), r"no rows or no channels, got \(0, 2\)"),
+        (lambda: Bank(torch.ones(3, 0)), "no rows or no channels"),
+        (lambda: Bank(torch.ones(3, 2), "l2"), "unknown metric 'l2'"),
+        (lambda: Bank(torch.ones(3, 2), strategy="fast"), "unknown strategy 'fast'"),
+        (lambda: Bank(torch.tensor([[1.0, 2.0], [1.0, math.nan], [math.inf, 0]])), "row 1 holds NaN or inf"),
+        (lambda: Bank(torch.full((9, 2), 1e300, dtype=torch.float64)), "row 0 holds NaN or inf"),
+        (lambda: Bank(torch.ones(3, 2)).add(torch.ones(1, 3)), "D = 2 on cpu, the rows D = 3"),
+        (lambda: Bank(torch.ones(3, 2)).remove(torch.tensor([3])), r"row 3 is outside \[0, 3\)"),
+        (lambda: Bank(torch.ones(3, 2)).remove(torch.tensor([-1])), "row -1 is outside"),
+        (lambda: Bank(torch.ones(3, 2)).remove(torch.tensor([0.5])), "wants row numbers"),
+        (lambda: Bank(torch.ones(2, 2)).remove(torch.tensor([0, 1])), "no row would be left"),
+        (lambda: Bank([[1.0]]), "must be a tensor or a float32 memory map"),
+    ],
+)
+def test_bad_banks_are_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank: knn_topk(torch.ones(2, 3), bank), "D differs, queries 3 and bank 2"),
+        (lambda bank: knn_topk(torch.ones(2), bank), "must be a matrix"),
+        (lambda bank: knn_topk(torch.ones(2, 2), bank, 4), "k = 4 exceeds the bank's 3 rows"),
+        (lambda bank: knn_topk(torch.ones(2, 2), bank, -1), "k must be at least 1, got -1"),
+        (lambda bank: knn_topk(torch.ones(2, 2), bank, 1, "euclidean"), "was prepared for 'cosine'"),
+        (lambda bank: knn_topk(torch.ones(2, 2).int(), bank), "must be floating point"),
+    ],
+)
+def test_bad_searches_are_refused(call, message):
+    for strategy in EXACT:
+        with pytest.raises(RuntimeError, match=message):
+            call(Bank(torch.eye(3)[:, :2] + 1, strategy=strategy))
+
+
+def test_a_memory_mapped_bank_is_streamed(tmp_path):
+    rows = torch.randn(5000, 30)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    for mode in ("r", "c"):
+        bank = Bank(np.load(tmp_path / "rows.npy", mmap_mode=mode), "cosine")
+        queries = torch.randn(20, 30)
+        got, want = knn_topk(queries, bank, 3), knn_topk(queries, rows, 3)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+        assert bank.strategy == "float32"
+        for name, argument in (("add", rows), ("remove", torch.tensor([0])), ("save", "x")):
+            with pytest.raises(InputError, match="memory-mapped"):
+                getattr(bank, name)(argument)
+    with pytest.raises(InputError, match="searched by 'float32', not 'lowp'"):
+        Bank(np.load(tmp_path / "rows.npy", mmap_mode="r"), strategy="lowp")
+    rows[4321, 7] = math.nan
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    with pytest.raises(InputError, match="row 4321 holds NaN"):
+        Bank(np.load(tmp_path / "rows.npy", mmap_mode="r"))

@@ -82,7 +82,8 @@ class BankSearch {
           k_(k),
           threads_(threads),
           gamma_(product_error(measure.d)) {
-        own_ = round_up(4 * (d_ + 16) + (ROWS + 2) * bank.groups, 16);
+        own_ = 4 * (d_ + 16) + (ROWS + 2) * bank.groups;
+        own_ = round_up(std::max(own_, d_ + measure.tile.rows * padded_depth(d_)), 16);
         scratch_ = allocate<float>(own_ * threads);
         orders_ = allocate<int64_t>(bank.groups * threads);
         hits_ = allocate<Hit>(ROWS * group_ * threads);
@@ -93,6 +94,7 @@ class BankSearch {
         const int64_t tiles = (chunk + ROWS - 1) / ROWS;
         prepared_ = allocate<float>(chunk * d_);
         to_group_ = allocate<float>(chunk * bank_.groups);
+        pack_centroids();
         nearest_ = allocate<int64_t>(chunk);
         order_ = allocate<int64_t>(chunk);
         sq_norm_ = allocate<double>(chunk);
@@ -111,12 +113,18 @@ class BankSearch {
     void search_chunk(const Rows& queries, int64_t start, int64_t count, Candidates& candidates,
                       float* distance, int64_t* index, int64_t* visited) {
         const int64_t tiles = (count + ROWS - 1) / ROWS;
-        std::atomic<int64_t> next_query{0}, next_pack{0}, next_tile{0};
+        std::atomic<int64_t> next_query{0}, next_search{0}, next_pack{0}, next_tile{0};
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         {
             float* const mine = scratch_.get() + own_ * thread_number();
             Hit* const hits = hits_.get() + ROWS * group_ * thread_number();
             for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q, mine);
+#pragma omp barrier
+            if (bank_.groups > 0) {
+                for (int64_t t; (t = next_search.fetch_add(1)) * measure_.tile.rows < count;) {
+                    find_groups(t, count, hits, mine);
+                }
+            }
 #pragma omp barrier
 #pragma omp single
             {
@@ -142,7 +150,7 @@ class BankSearch {
         }
     }
 
-    // Row q of the chunk: prepared, its norm, its distances to the centroids.
+    // Row q of the chunk: prepared, and its norm.
     void prepare(const Rows& queries, int64_t start, int64_t q, float* buffer) {
         float* const x = prepared_.get() + q * d_;
         const float* row = queries.get(start + q, buffer);
@@ -160,12 +168,56 @@ class BankSearch {
             std::copy(row, row + d_, x);
         }
         sq_norm_[q] = measure_.tile.sq_distance(x, bank_.center, d_);
-        float* const to_group = to_group_.get() + q * bank_.groups;
-        for (int64_t g = 0; g < bank_.groups; ++g) {
-            to_group[g] =
-                static_cast<float>(std::sqrt(measure_.tile.sq_distance(x, bank_.centroids + g * d_, d_)));
+    }
+
+    // Pack centroids - center for the float32 tile.
+    void pack_centroids() {
+        const Tile& tile = measure_.tile;
+        const int64_t groups = bank_.groups, width = tile.columns, stride = padded_depth(d_);
+        const int64_t columns = round_up(groups, width);
+        panels_ = allocate<float>(columns * d_);
+        half_ = allocate<float>(columns);
+        const Array<float> rows = allocate<float>(width * stride);
+        for (int64_t c = 0; c < columns; c += width) {
+            std::fill(rows.get(), rows.get() + width * stride, 0.0f);
+            for (int64_t i = c; i < c + width; ++i) {
+                float* const row = rows.get() + (i - c) * stride;
+                if (i < groups) subtract(bank_.centroids + i * d_, bank_.center, d_, row);
+                half_[i] = static_cast<float>(-measure_.sq_norm(row) / 2);
+            }
+            interleave(tile, rows.get(), d_, panels_.get() + c * d_);
         }
-        if (bank_.groups > 0) nearest_[q] = std::min_element(to_group, to_group + bank_.groups) - to_group;
+    }
+
+    // For the queries of float32 tile t: at least how far each centroid is, and which is nearest.
+    void find_groups(int64_t t, int64_t count, Hit* hits, float* buffer) {
+        const Tile& tile = measure_.tile;
+        const int64_t groups = bank_.groups, first = t * tile.rows;
+        float threshold[MAX_ROWS];
+        std::fill(threshold, threshold + MAX_ROWS, -INFINITY);
+        float* const packed = buffer + d_;
+        std::fill(packed, packed + tile.rows * padded_depth(d_), 0.0f);
+        for (int64_t r = 0; r < std::min<int64_t>(tile.rows, count - first); ++r) {
+            subtract(prepared_.get() + (first + r) * d_, bank_.center, d_, buffer);
+            for (int64_t k = 0; k < d_; ++k) {
+                packed[k / DEPTH * DEPTH * tile.rows + r * DEPTH + k % DEPTH] = buffer[k];
+            }
+        }
+        for (int64_t c = 0; c < groups; c += group_) {
+            const int64_t found = tile.sieve(packed, panels_.get() + c * d_, std::min(group_, groups - c), d_,
+                                             half_.get() + c, threshold, hits);
+            for (int64_t h = 0; h < found; ++h) {
+                const int64_t q = first + hits[h].row, g = c + hits[h].column;
+                if (q >= count) continue;
+                const double own = sq_norm_[q], square = own - 2.0 * hits[h].score;
+                const double least = square - 1.01 * gamma_ * (own - 2.0 * half_[g]) - TINY;
+                to_group_[q * groups + g] = least > 0 ? static_cast<float>(std::sqrt(least)) : 0;  // NaN: 0
+            }
+        }
+        for (int64_t q = first; q < std::min(first + tile.rows, count); ++q) {
+            const float* to_group = to_group_.get() + q * groups;
+            nearest_[q] = std::min_element(to_group, to_group + groups) - to_group;
+        }
     }
 
     // Quantize the queries of tile t, by order, and start their candidates.
@@ -294,7 +346,7 @@ class BankSearch {
     const int k_, threads_;
     const float gamma_;
     int64_t own_;
-    Array<float> scratch_, prepared_, to_group_, scale_;
+    Array<float> scratch_, prepared_, panels_, half_, to_group_, scale_;
     Array<int64_t> nearest_, order_, orders_;
     Array<double> sq_norm_;
     Array<int32_t> tiles_, sum_;

@@ -21,3 +21,59 @@ def cosine_max(
     threads: int,
     /,
 ) -> None: ...
+def upsample_blur(
+    maps: int,
+    batch: int,
+    h: int,
+    rows: tuple[int, int, int, int],
+    columns: tuple[int, int, int, int],
+    width: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def cosine_map(
+    features: int,
+    n: int,
+    features_stride: int,
+    prototypes: int,
+    k: int,
+    prototypes_stride: int,
+    d: int,
+    element: int,
+    mask: int,
+    h: int,
+    rows: tuple[int, int, int, int],
+    columns: tuple[int, int, int, int],
+    width: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def farthest_point(
+    rows: int,
+    n: int,
+    stride: int,
+    d: int,
+    element: int,
+    min_distance: int,
+    center: int,
+    nearest: int,
+    threads: int,
+    /,
+) -> int: ...
+
+class KCenter:
+    def __init__(
+        self,
+        rows: int,
+        n: int,
+        stride: int,
+        d: int,
+        starts: list[int],
+        mean: bool,
+        limit: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def select(self, count: int, index: int, threads: int, /) -> None: ...

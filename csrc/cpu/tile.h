@@ -13,6 +13,23 @@ constexpr int DEPTH = 64;
 constexpr int CHUNK = 8 * DEPTH;  // channels summed into one accumulator: fewer rounding errors in long rows
 constexpr int MAX_ROWS = 16;      // no register tile has more rows
 
+// Sums over single rows, where nothing is packed.
+struct Lines {
+    // Sum of (x - y)^2 over d channels: differences in float32, squares in float64, in 16 interleaved sums
+    // that are added in one order, so every instruction set gives the same bits.
+    double (*sq_distance)(const float* x, const float* y, int64_t d);
+
+    // The same all in float32: less than (d + 32) * 2^-24 of its value off while nothing over- or underflows.
+    float (*rough_sq_distance)(const float* x, const float* y, int64_t d);
+
+    // out[j] += factor * x[j] for j < n.
+    void (*add_scaled)(const float* x, float factor, int64_t n, float* out);
+
+    // out[j] = sum over t < count of weight[t] * rows[index[t] * stride + j], in order of t, for j < n.
+    void (*combine)(const float* rows, int64_t stride, const int32_t* index, const float* weight,
+                    int64_t count, int64_t n, float* out);
+};
+
 struct Tile {
     const char* name;  // instruction set
     int rows;          // of a register tile
@@ -28,6 +45,8 @@ struct Tile {
     // does not depend on where row and column stand.
     void (*best)(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
                  float* value, int32_t* index);
+
+    Lines lines;
 };
 
 extern const Tile baseline_tile;

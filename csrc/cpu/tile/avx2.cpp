@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "register_tile.h"
+#include "vector_lines.h"
 
 namespace dinofast {
 namespace {
@@ -48,10 +49,27 @@ struct Avx2 {
         for (; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
         return sum;
     }
+    static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
+    static void store(Float x, float* p) { _mm256_storeu_ps(p, x); }
+    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
+        __m256d sum[4];
+        for (__m256d& s : sum) s = _mm256_setzero_pd();
+        int64_t k = 0;
+        for (; k + 16 <= d; k += 16) {
+            for (int part = 0; part < 4; ++part) {
+                const int64_t at = k + 4 * part;
+                const __m256d gap = _mm256_cvtps_pd(_mm_sub_ps(_mm_loadu_ps(x + at), _mm_loadu_ps(y + at)));
+                sum[part] = _mm256_fmadd_pd(gap, gap, sum[part]);
+            }
+        }
+        for (int part = 0; part < 4; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
+        return k;
+    }
 };
 
 }  // namespace
 
-const Tile avx2_tile = {"avx2", 6, 16, register_tile_normalize<Avx2>, register_tile_best<Avx2, 6>};
+const Tile avx2_tile = {
+    "avx2", 6, 16, register_tile_normalize<Avx2>, register_tile_best<Avx2, 6>, vector_lines<Avx2>};
 
 }  // namespace dinofast

@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "register_tile.h"
+#include "vector_lines.h"
 
 namespace dinofast {
 namespace {
@@ -47,10 +48,27 @@ struct Avx512 {
         }
         return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
     }
+    static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
+    static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
+    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
+        __m512d low = _mm512_setzero_pd(), high = low;
+        int64_t k = 0;
+        for (; k + 16 <= d; k += 16) {
+            const __m256 left = _mm256_sub_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(y + k));
+            const __m256 right = _mm256_sub_ps(_mm256_loadu_ps(x + k + 8), _mm256_loadu_ps(y + k + 8));
+            const __m512d a = _mm512_cvtps_pd(left), b = _mm512_cvtps_pd(right);
+            low = _mm512_fmadd_pd(a, a, low);
+            high = _mm512_fmadd_pd(b, b, high);
+        }
+        _mm512_storeu_pd(sums, low);
+        _mm512_storeu_pd(sums + 8, high);
+        return k;
+    }
 };
 
 }  // namespace
 
-const Tile avx512_tile = {"avx512", 12, 32, register_tile_normalize<Avx512>, register_tile_best<Avx512, 12>};
+const Tile avx512_tile = {
+    "avx512", 12, 32, register_tile_normalize<Avx512>, register_tile_best<Avx512, 12>, vector_lines<Avx512>};
 
 }  // namespace dinofast

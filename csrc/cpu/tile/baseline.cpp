@@ -48,8 +48,63 @@ void best(const float* tile, const float* panels, int64_t columns, int64_t d, in
     }
 }
 
+constexpr int SUMS = 16;
+
+double sq_distance(const float* x, const float* y, int64_t d) {
+    double sums[SUMS] = {};
+    int64_t k = 0;
+    for (; k + SUMS <= d; k += SUMS) {
+        for (int i = 0; i < SUMS; ++i) {
+            const double gap = x[k + i] - y[k + i];
+            sums[i] += gap * gap;
+        }
+    }
+    for (int i = 0; k + i < d; ++i) {
+        const double gap = x[k + i] - y[k + i];
+        sums[i] += gap * gap;
+    }
+    for (int half = SUMS / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
+}
+
+float rough_sq_distance(const float* x, const float* y, int64_t d) {
+    float sums[SUMS] = {};
+    int64_t k = 0;
+    for (; k + SUMS <= d; k += SUMS) {
+        for (int i = 0; i < SUMS; ++i) sums[i] += (x[k + i] - y[k + i]) * (x[k + i] - y[k + i]);
+    }
+    for (; k < d; ++k) sums[0] += (x[k] - y[k]) * (x[k] - y[k]);
+    float sum = 0;
+    for (float part : sums) sum += part;
+    return sum;
+}
+
+void add_scaled(const float* x, float factor, int64_t n, float* out) {
+    for (int64_t j = 0; j < n; ++j) out[j] += factor * x[j];
+}
+
+void combine(const float* rows, int64_t stride, const int32_t* index, const float* weight, int64_t count,
+             int64_t n, float* out) {
+    for (int64_t start = 0; start < n; start += SUMS) {
+        float sums[SUMS] = {};
+        const int64_t width = std::min<int64_t>(SUMS, n - start);
+        for (int64_t t = 0; t < count; ++t) {
+            const float* row = rows + index[t] * stride + start;
+            if (width == SUMS) {
+                for (int i = 0; i < SUMS; ++i) sums[i] += weight[t] * row[i];
+            } else {
+                for (int i = 0; i < width; ++i) sums[i] += weight[t] * row[i];
+            }
+        }
+        std::copy(sums, sums + width, out + start);
+    }
+}
+
 }  // namespace
 
-const Tile baseline_tile = {"baseline", ROWS, COLUMNS, normalize, best};
+const Tile baseline_tile = {"baseline", ROWS, COLUMNS,
+                            normalize,  best, {sq_distance, rough_sq_distance, add_scaled, combine}};
 
 }  // namespace dinofast

@@ -15,8 +15,9 @@ constexpr float SELECTED = -1;       // reach of a row that must not be selected
 constexpr int64_t BLOCK = 64;        // rows with one common bound
 constexpr int64_t RUN = 16;          // blocks that one thread takes in a row; centres side by side in bounds_
 constexpr int64_t BOUNDS = 1 << 24;  // floats in bounds_
+constexpr float NEAR = 0.99f;        // below this share of the largest reach a row can wait
 constexpr float ROUGH_FLOOR = 1e-30f;  // below, rounding of subnormal squares may exceed the stated error
-constexpr int64_t SMALL = 1 << 16;     // elements below which waking threads costs more than it saves
+constexpr int64_t SMALL = 1 << 20;     // elements below which waking threads costs more than it saves
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -80,27 +81,39 @@ float* KCenter::bound(int64_t pivot, int64_t center) {
     return bounds_.get() + (center / RUN * pivots_ + pivot) * RUN + center % RUN;
 }
 
-// Let row i look at further centres, until it has seen all or cannot be the farthest.
-void KCenter::settle(int64_t i) {
+// Let row i look at further centres, as long as its reach is `enough` to be the farthest.
+void KCenter::settle(int64_t i, float enough) {
     const int64_t count = centers_.size(), starts = starts_.size();
     float reach = reach_[i], far = out_of_reach(reach, pivot_distance_[i]);
     double rough_far = std::max<double>(static_cast<double>(reach) * reach * rough_excess_, ROUGH_FLOOR);
-    int64_t j = seen_[i];
-    for (; j < count && reach >= best_.load(std::memory_order_relaxed); ++j) {
-        if (*bound(pivot_[i], j) >= far) continue;
-        const float rough = lines_.rough_sq_distance(row(i), row(centers_[j]), rows_.d);
-        if (rough > rough_far && rough <= FLT_MAX) continue;
-        const float gap = distance(i, centers_[j]);
-        if (starts + j < pivots_ && gap < pivot_distance_[i]) {
-            pivot_distance_[i] = gap;
-            pivot_[i] = static_cast<int32_t>(starts + j);
+    int64_t next = seen_[i];
+    while (next < count && reach >= enough) {
+        int64_t found[4];
+        const float* near[4];
+        int size = 0;
+        for (; next < count && size < 4; ++next) {
+            if (*bound(pivot_[i], next) >= far) continue;
+            found[size] = next;
+            near[size++] = row(centers_[next]);
         }
-        reach = std::min(reach, gap);
-        far = out_of_reach(reach, pivot_distance_[i]);
-        rough_far = std::max<double>(static_cast<double>(reach) * reach * rough_excess_, ROUGH_FLOOR);
+        std::fill(near + size, near + 4, row(i));
+        float rough[4];
+        lines_.rough_sq_distances(row(i), near, rows_.d, rough);
+        for (int which = 0; which < size; ++which) {
+            if (rough[which] > rough_far && rough[which] <= FLT_MAX) continue;
+            const int64_t j = found[which];
+            const float gap = distance(i, centers_[j]);
+            if (starts + j < pivots_ && gap < pivot_distance_[i]) {
+                pivot_distance_[i] = gap;
+                pivot_[i] = static_cast<int32_t>(starts + j);
+            }
+            reach = std::min(reach, gap);
+            far = out_of_reach(reach, pivot_distance_[i]);
+            rough_far = std::max<double>(static_cast<double>(reach) * reach * rough_excess_, ROUGH_FLOOR);
+        }
     }
     reach_[i] = reach;
-    seen_[i] = static_cast<int32_t>(j);
+    seen_[i] = static_cast<int32_t>(next);
 }
 
 // The farthest of one thread's rows, or nothing when another thread has a farther one.
@@ -123,26 +136,33 @@ KCenter::Candidate KCenter::farthest(int part, int parts) {
             }
             return {reach, i};
         }
-        settle(i);
+        settle(i, std::max(best, NEAR * reach));
         measure_block(top);
     }
 }
 
-// Bound the distances of the newest centre to the pivots before it.
-void KCenter::measure_pivots(int part, int parts) {
-    const int64_t newest = centers_.size() - 1, starts = starts_.size();
-    const int64_t count = std::min(starts + newest, pivots_);
-    const float* const center = row(centers_[newest]);
-    for (int64_t p = count * part / parts; p < count * (part + 1) / parts; ++p) {
-        const float* const pivot = row(p < starts ? starts_[p] : centers_[p - starts]);
-        const float rough = lines_.rough_sq_distance(pivot, center, rows_.d);
-        const bool usable = rough > ROUGH_FLOOR && rough <= FLT_MAX;
-        *bound(p, newest) = usable ? static_cast<float>(std::sqrt(rough / rough_excess_)) : 0;
+// Bound the distances of one thread's pivots to a centre, number `number`.
+void KCenter::measure_pivots(int64_t center, int64_t number, int part, int parts) {
+    const int64_t starts = starts_.size(), count = std::min(starts + number, pivots_);
+    for (int64_t first = 4 * part; first < count; first += 4 * parts) {
+        const int64_t size = std::min<int64_t>(4, count - first);
+        const float* pivot[4];
+        float rough[4];
+        for (int64_t k = 0; k < 4; ++k) {
+            const int64_t p = first + std::min(k, size - 1);
+            pivot[k] = row(p < starts ? starts_[p] : centers_[p - starts]);
+        }
+        lines_.rough_sq_distances(row(center), pivot, rows_.d, rough);
+        for (int64_t k = 0; k < size; ++k) {
+            const bool usable = rough[k] > ROUGH_FLOOR && rough[k] <= FLT_MAX;
+            *bound(first + k, number) = usable ? static_cast<float>(std::sqrt(rough[k] / rough_excess_)) : 0;
+        }
     }
 }
 
 void KCenter::select(int64_t count, int64_t* index, int threads) {
     if (rows_.count * rows_.d <= SMALL) threads = 1;
+    const int64_t before = centers_.size();
     found_.assign(threads, {SELECTED, rows_.count});
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -154,18 +174,20 @@ void KCenter::select(int64_t count, int64_t* index, int threads) {
         for (int64_t step = 0; step < count; ++step) {
             found_[part] = farthest(part, parts);
 #pragma omp barrier
-#pragma omp single
-            {
-                const Candidate pick = *std::min_element(
-                    found_.begin(), found_.begin() + parts, [](const Candidate& x, const Candidate& y) {
-                        return x.reach > y.reach || (x.reach == y.reach && x.index < y.index);
-                    });
+            Candidate pick = found_[0];
+            for (int k = 1; k < parts; ++k) {
+                const Candidate& other = found_[k];
+                if (other.reach > pick.reach || (other.reach == pick.reach && other.index < pick.index)) {
+                    pick = other;
+                }
+            }
+            measure_pivots(pick.index, before + step, part, parts);
+            if (part == 0) {
                 index[step] = pick.index;
                 centers_.push_back(pick.index);
                 exclude(pick.index);
                 best_ = 0;
             }
-            measure_pivots(part, parts);
 #pragma omp barrier
         }
     }

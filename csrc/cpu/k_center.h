@@ -35,18 +35,18 @@ class KCenter {
 
     const float* row(int64_t i) const { return static_cast<const float*>(rows_.data) + i * rows_.stride; }
     float distance(int64_t i, int64_t j) const;
-    void settle(int64_t i);
+    void settle(int64_t i, float enough);
     void measure_block(int64_t block);
     void exclude(int64_t i);
     Candidate farthest(int part, int parts);
     float* bound(int64_t pivot, int64_t center);
-    void measure_pivots(int part, int parts);
+    void measure_pivots(int64_t center, int64_t number, int part, int parts);
 
     const Lines& lines_;
     const Rows rows_;
     const std::vector<int64_t> starts_;
     const int64_t limit_, pivots_;  // pivots: the starts, then the first centres
-    const double rough_excess_;     // what rough_sq_distance may give for a true 1
+    const double rough_excess_;     // what rough_sq_distances may give for a true 1
     std::vector<int64_t> centers_;
     std::vector<float> reach_;           // of each row: distance to the nearest centre that it has looked at
     std::vector<int32_t> seen_;          // of each row: how many centres it has looked at

@@ -19,8 +19,9 @@ struct Lines {
     // that are added in one order, so every instruction set gives the same bits.
     double (*sq_distance)(const float* x, const float* y, int64_t d);
 
-    // The same all in float32: less than (d + 32) * 2^-24 of its value off while nothing over- or underflows.
-    float (*rough_sq_distance)(const float* x, const float* y, int64_t d);
+    // Four such sums, of x and each y, all in float32: less than (d + 32) * 2^-24 of their value off while
+    // nothing over- or underflows.
+    void (*rough_sq_distances)(const float* x, const float* const y[4], int64_t d, float out[4]);
 
     // out[j] += factor * x[j] for j < n.
     void (*add_scaled)(const float* x, float factor, int64_t n, float* out);

@@ -58,7 +58,7 @@ def k_center(
         Roth et al., "Towards total recall in industrial anomaly detection", CVPR 2022, arXiv 2106.08265.
 
     >>> k_center(torch.tensor([[0.0], [1.0], [5.0], [9.0]]), 4, seed=1).tolist()
-    [0, 3, 2, 1]
+    [1, 3, 2, 0]
     """
     k = _checked_count(rows, n_select, ratio)
     for name, value, known in (("start", start, STARTS), ("projection", projection, (None, *PROJECTIONS))):

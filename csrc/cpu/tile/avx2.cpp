@@ -51,6 +51,14 @@ struct Avx2 {
     }
     static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm256_storeu_ps(p, x); }
+    static __m128 halves(Float x) {
+        return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    }
+    static void sum_each(const Float x[4], float out[4]) {
+        __m128 a = halves(x[0]), b = halves(x[1]), c = halves(x[2]), d = halves(x[3]);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+    }
     static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
         __m256d sum[4];
         for (__m256d& s : sum) s = _mm256_setzero_pd();

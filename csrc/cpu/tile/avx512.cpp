@@ -50,6 +50,15 @@ struct Avx512 {
     }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
+    static __m128 quarters(Float x) {
+        const __m128 low = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1));
+        return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(x, 2), _mm512_extractf32x4_ps(x, 3)));
+    }
+    static void sum_each(const Float x[4], float out[4]) {
+        __m128 a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+    }
     static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
         __m512d low = _mm512_setzero_pd(), high = low;
         int64_t k = 0;

@@ -69,16 +69,18 @@ double sq_distance(const float* x, const float* y, int64_t d) {
     return sums[0];
 }
 
-float rough_sq_distance(const float* x, const float* y, int64_t d) {
-    float sums[SUMS] = {};
-    int64_t k = 0;
-    for (; k + SUMS <= d; k += SUMS) {
-        for (int i = 0; i < SUMS; ++i) sums[i] += (x[k + i] - y[k + i]) * (x[k + i] - y[k + i]);
+void rough_sq_distances(const float* x, const float* const y[4], int64_t d, float out[4]) {
+    for (int which = 0; which < 4; ++which) {
+        const float* const z = y[which];
+        float sums[SUMS] = {};
+        int64_t k = 0;
+        for (; k + SUMS <= d; k += SUMS) {
+            for (int i = 0; i < SUMS; ++i) sums[i] += (x[k + i] - z[k + i]) * (x[k + i] - z[k + i]);
+        }
+        for (; k < d; ++k) sums[0] += (x[k] - z[k]) * (x[k] - z[k]);
+        out[which] = 0;
+        for (float part : sums) out[which] += part;
     }
-    for (; k < d; ++k) sums[0] += (x[k] - y[k]) * (x[k] - y[k]);
-    float sum = 0;
-    for (float part : sums) sum += part;
-    return sum;
 }
 
 void add_scaled(const float* x, float factor, int64_t n, float* out) {
@@ -105,6 +107,6 @@ void combine(const float* rows, int64_t stride, const int32_t* index, const floa
 }  // namespace
 
 const Tile baseline_tile = {"baseline", ROWS, COLUMNS,
-                            normalize,  best, {sq_distance, rough_sq_distance, add_scaled, combine}};
+                            normalize,  best, {sq_distance, rough_sq_distances, add_scaled, combine}};
 
 }  // namespace dinofast

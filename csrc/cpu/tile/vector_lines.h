@@ -20,29 +20,24 @@ double vector_sq_distance(const float* x, const float* y, int64_t d) {
 }
 
 template <class V>
-float vector_rough_sq_distance(const float* x, const float* y, int64_t d) {
+void vector_rough_sq_distances(const float* x, const float* const y[4], int64_t d, float out[4]) {
     constexpr int LANES = V::LANES;
     typename V::Float sum[4];
-    for (auto& s : sum) s = V::set(0);
-    int64_t k = 0;
-    for (; k + 4 * LANES <= d; k += 4 * LANES) {
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; ++part) {
-            const auto gap = V::subtract(V::load(x + k + part * LANES), V::load(y + k + part * LANES));
-            sum[part] = V::multiply_add(gap, gap, sum[part]);
+    for (int i = 0; i < 4; ++i) sum[i] = V::set(0);
+    int64_t k = 0;
+    for (; k + LANES <= d; k += LANES) {
+        const auto left = V::load(x + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const auto gap = V::subtract(left, V::load(y[i] + k));
+            sum[i] = V::multiply_add(gap, gap, sum[i]);
         }
     }
-    for (; k + LANES <= d; k += LANES) {
-        const auto gap = V::subtract(V::load(x + k), V::load(y + k));
-        sum[0] = V::multiply_add(gap, gap, sum[0]);
+    V::sum_each(sum, out);
+    for (; k < d; ++k) {
+        for (int i = 0; i < 4; ++i) out[i] += (x[k] - y[i][k]) * (x[k] - y[i][k]);
     }
-    float lanes[LANES];
-    V::store(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])), lanes);
-    for (; k < d; ++k) lanes[0] += (x[k] - y[k]) * (x[k] - y[k]);
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
 }
 
 template <class V>
@@ -89,7 +84,7 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 }
 
 template <class V>
-constexpr Lines vector_lines = {vector_sq_distance<V>, vector_rough_sq_distance<V>, vector_add_scaled<V>,
+constexpr Lines vector_lines = {vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_add_scaled<V>,
                                 vector_combine<V>};
 
 }  // namespace dinofast

@@ -128,7 +128,7 @@ def cmake_build(mode: str) -> Path:
 def record(package: Path) -> None:
     """Write how `package` was built, and remove modules of an earlier build that this one does not make."""
     for stale in [*package.glob("_native*.*"), *package.glob("_cuda*.*")]:
-        if stale.name.split(".")[0] not in MODULES[MODE]:
+        if stale.suffix != ".pyi" and stale.name.split(".")[0] not in MODULES[MODE]:
             stale.unlink()
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps({"build": MODE}) + "\n")

@@ -2,17 +2,22 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/cosine_map.h"
 #include "cpu/cosine_max.h"
+#include "cpu/farthest_point.h"
 #include "cpu/isa.h"
+#include "cpu/k_center.h"
 #include "cpu/knn_topk.h"
 #include "cpu/knn_topk_bank.h"
 
 namespace py = pybind11;
 using namespace dinofast;
 
+namespace {
+
 // The tensors of a packed bank, in the order of dinofast/ops/bank.py; {} and 0 groups where there are none.
-static PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, int64_t columns,
-                              int64_t groups) {
+PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, int64_t columns,
+                       int64_t groups) {
     return {{{reinterpret_cast<const void*>(at[0]), m, d, d, Element::float32}, true},
             reinterpret_cast<const float*>(at[1]),
             reinterpret_cast<float*>(at[2]),
@@ -27,6 +32,16 @@ static PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64
             reinterpret_cast<const float*>(at[9]),
             reinterpret_cast<const float*>(at[10])};
 }
+
+// (count, pointers of start, index and weight)
+using WeightsArgument = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+Weights weights(const WeightsArgument& x) {
+    return {std::get<0>(x), reinterpret_cast<const int32_t*>(std::get<1>(x)),
+            reinterpret_cast<const int32_t*>(std::get<2>(x)), reinterpret_cast<const float*>(std::get<3>(x))};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native, m) {
     m.attr("FLOAT32") = static_cast<int>(Element::float32);
@@ -117,4 +132,56 @@ PYBIND11_MODULE(_native, m) {
                           reinterpret_cast<int64_t*>(index), reinterpret_cast<int64_t*>(visited), threads);
         },
         "Fill distance (Q, k) float32, index (Q, k) int64 and visited (Q,) int64 from a packed bank.");
+    m.def(
+        "upsample_blur",
+        [](uintptr_t maps, int64_t batch, int64_t h, const WeightsArgument& rows,
+           const WeightsArgument& columns, int64_t width, uintptr_t out, int threads) {
+            const Lines& lines = chosen_tile().lines;
+            py::gil_scoped_release release;
+            upsample_blur(lines, reinterpret_cast<const float*>(maps), batch, weights(rows), weights(columns),
+                          h, width, reinterpret_cast<float*>(out), threads);
+        },
+        "Fill out (B, H, W) float32 from maps (B, h, w) float32; columns are given transposed.");
+    m.def(
+        "cosine_map",
+        [](uintptr_t features, int64_t n, int64_t features_stride, uintptr_t prototypes, int64_t k,
+           int64_t prototypes_stride, int64_t d, int element, uintptr_t mask, int64_t h,
+           const WeightsArgument& rows, const WeightsArgument& columns, int64_t width, uintptr_t out,
+           int threads) {
+            const Tile& tile = chosen_tile();
+            const Element type = static_cast<Element>(element);
+            const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
+            const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
+            py::gil_scoped_release release;
+            cosine_map(tile, left, right, reinterpret_cast<const bool*>(mask), weights(rows),
+                       weights(columns), h, width, reinterpret_cast<float*>(out), threads);
+        },
+        "Fill out (B, H, W) float32 from the rows of B grids (h, w); mask (N,) bool or a null pointer.");
+    m.def(
+        "farthest_point",
+        [](uintptr_t rows, int64_t n, int64_t stride, int64_t d, int element, uintptr_t min_distance,
+           int64_t center, uintptr_t nearest, int threads) {
+            const Tile& tile = chosen_tile();
+            const Rows matrix{reinterpret_cast<const void*>(rows), n, stride, d,
+                              static_cast<Element>(element)};
+            py::gil_scoped_release release;
+            return farthest_point(tile, matrix, reinterpret_cast<const float*>(min_distance), center,
+                                  reinterpret_cast<float*>(nearest), threads);
+        },
+        "Fill nearest (N,) float32 and return the farthest row.");
+    py::class_<KCenter>(m, "KCenter", "Greedy k-centre selection; the rows must stay alive and unchanged.")
+        .def(py::init([](uintptr_t rows, int64_t n, int64_t stride, int64_t d,
+                         const std::vector<int64_t>& starts, bool mean, int64_t limit, int threads) {
+            const Tile& tile = chosen_tile();
+            const Rows matrix{reinterpret_cast<const void*>(rows), n, stride, d, Element::float32};
+            py::gil_scoped_release release;
+            return std::make_unique<KCenter>(tile, matrix, starts, mean, limit, threads);
+        }))
+        .def(
+            "select",
+            [](KCenter& self, int64_t count, uintptr_t index, int threads) {
+                py::gil_scoped_release release;
+                self.select(count, reinterpret_cast<int64_t*>(index), threads);
+            },
+            "Select count more rows into index (count,) int64.");
 }

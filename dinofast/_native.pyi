@@ -43,9 +43,7 @@ def knn_topk(
 ) -> None: ...
 def int8_isa() -> str: ...
 def unit_rows(rows: int, m: int, stride: int, d: int, element: int, out: int, threads: int, /) -> int: ...
-def quantize_bank(
-    packed: list[int], m: int, d: int, columns: int, metric: int, threads: int, /
-) -> None: ...
+def quantize_bank(packed: list[int], m: int, d: int, columns: int, metric: int, threads: int, /) -> None: ...
 def knn_topk_bank(
     queries: int,
     q: int,
@@ -65,3 +63,59 @@ def knn_topk_bank(
     threads: int,
     /,
 ) -> None: ...
+def upsample_blur(
+    maps: int,
+    batch: int,
+    h: int,
+    rows: tuple[int, int, int, int],
+    columns: tuple[int, int, int, int],
+    width: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def cosine_map(
+    features: int,
+    n: int,
+    features_stride: int,
+    prototypes: int,
+    k: int,
+    prototypes_stride: int,
+    d: int,
+    element: int,
+    mask: int,
+    h: int,
+    rows: tuple[int, int, int, int],
+    columns: tuple[int, int, int, int],
+    width: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def farthest_point(
+    rows: int,
+    n: int,
+    stride: int,
+    d: int,
+    element: int,
+    min_distance: int,
+    center: int,
+    nearest: int,
+    threads: int,
+    /,
+) -> int: ...
+
+class KCenter:
+    def __init__(
+        self,
+        rows: int,
+        n: int,
+        stride: int,
+        d: int,
+        starts: list[int],
+        mean: bool,
+        limit: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def select(self, count: int, index: int, threads: int, /) -> None: ...

@@ -34,7 +34,7 @@ bool Measure::unit_row(const float* x, float* out) const {
 }
 
 float Measure::distance(const float* x, const float* y) const {
-    const double square = tile.sq_distance(x, y, d);
+    const double square = tile.lines.sq_distance(x, y, d);
     if (metric == Metric::sqeuclidean) return static_cast<float>(square);
     if (metric == Metric::euclidean) return static_cast<float>(std::sqrt(square));
     // |x - y|^2 = 2 - 2 cos for unit rows; 1 and 0.5 for one zero row and for two

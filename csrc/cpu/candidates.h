@@ -23,7 +23,7 @@ struct Measure {
     const float* origin;  // d zeros
 
     // Squared norm in float64.
-    double sq_norm(const float* x) const { return tile.sq_distance(x, origin, d); }
+    double sq_norm(const float* x) const { return tile.lines.sq_distance(x, origin, d); }
 
     // Scale x to unit norm into out; a zero row stays zero. False when x holds NaN or inf.
     bool unit_row(const float* x, float* out) const;

@@ -167,7 +167,7 @@ class BankSearch {
         } else {
             std::copy(row, row + d_, x);
         }
-        sq_norm_[q] = measure_.tile.sq_distance(x, bank_.center, d_);
+        sq_norm_[q] = measure_.tile.lines.sq_distance(x, bank_.center, d_);
     }
 
     // Pack centroids - center for the float32 tile.
@@ -377,9 +377,9 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
                 bank.bias[column] = -INFINITY;
                 if (i < 0) continue;
                 const float* y = bank.rows.rows.get(i, row);
-                const bool zero = metric == Metric::cosine && tile.sq_distance(y, origin.get(), d) == 0;
+                const bool zero = metric == Metric::cosine && tile.lines.sq_distance(y, origin.get(), d) == 0;
                 subtract(y, bank.center, d, row);
-                const double square = tile.sq_distance(row, origin.get(), d);
+                const double square = tile.lines.sq_distance(row, origin.get(), d);
                 const Quantized found = quantize(row, d, codes);
                 for (int64_t k = 0; k < d; ++k) {
                     out[(k / 4 * COLUMNS + c) * 4 + k % 4] = static_cast<uint8_t>(codes[k] + 128);

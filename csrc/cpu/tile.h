@@ -19,6 +19,24 @@ struct Hit {
     float score;
 };
 
+// Sums over single rows, where nothing is packed.
+struct Lines {
+    // Sum of (x - y)^2 over d channels: differences in float32, squares in float64, in 16 interleaved sums
+    // that are added in one order, so every instruction set gives the same bits.
+    double (*sq_distance)(const float* x, const float* y, int64_t d);
+
+    // Four such sums, of x and each y, all in float32: less than (d + 32) * 2^-24 of their value off while
+    // nothing over- or underflows.
+    void (*rough_sq_distances)(const float* x, const float* const y[4], int64_t d, float out[4]);
+
+    // out[j] += factor * x[j] for j < n.
+    void (*add_scaled)(const float* x, float factor, int64_t n, float* out);
+
+    // out[j] = sum over t < count of weight[t] * rows[index[t] * stride + j], in order of t, for j < n.
+    void (*combine)(const float* rows, int64_t stride, const int32_t* index, const float* weight,
+                    int64_t count, int64_t n, float* out);
+};
+
 struct Tile {
     const char* name;  // instruction set
     int rows;          // of a register tile
@@ -40,18 +58,8 @@ struct Tile {
     int64_t (*sieve)(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
                      const float* threshold, Hit* hits);
 
-    // Sum of (x - y)^2 in float64, the differences rounded to float32. The squares are exact, and channel k
-    // goes to lane k % 16 whatever the instruction set: every one gives the same bits.
-    double (*sq_distance)(const float* x, const float* y, int64_t d);
+    Lines lines;
 };
-
-// Add up the lanes of a sq_distance: one order for all.
-[[gnu::always_inline]] static inline double sum_of_lanes(double* lanes) {
-    for (int half = 8; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
-}
 
 extern const Tile baseline_tile;
 #ifdef DINOFAST_X86

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from dinofast.ops.cosine_max import OP as COSINE_MAX
 from dinofast.ops.registry import Cost, Sample, define
 from dinofast.ops.rows import check_rows, require, result_dtype
+from dinofast.ops.upsample_blur import resample
 
 
 def cosine_map(
@@ -25,7 +25,8 @@ def cosine_map(
 
     Returns:
         (B, H, W), in [0, 2], float32 (float64 for float64 arguments); bilinear with `align_corners=False`.
-        A zero patch is at distance 1; NaN patches give NaN in every pixel they reach.
+        A zero patch is at distance 1; a NaN patch makes NaN of the pixels that it has a weight in, and of no
+        others.
 
     Raises:
         RuntimeError: wrong dimensions, D or dtype or device differ, no prototypes, a mask of other shape or
@@ -45,10 +46,7 @@ def _reference(features: Tensor, prototypes: Tensor, size: list[int], mask: Tens
     distance = 1 - similarity.view(features.shape[:3])
     if mask is not None:
         distance = torch.where(mask, distance, 0)
-    if distance.numel() == 0:
-        return distance.new_zeros(features.shape[0], *size)
-    pixels: Tensor = interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)
-    return pixels[:, 0]
+    return resample(distance, size, 0.0, "bilinear", "reflect")
 
 
 def _fake(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None) -> Tensor:

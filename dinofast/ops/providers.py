@@ -8,18 +8,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dinofast.ops.cosine_map import _fake as cosine_map_results
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
 from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
-from dinofast.ops.registry import MISSING, Kernel, provide
-from dinofast.ops.rows import normalize_rows
+from dinofast.ops.registry import MISSING, Kernel, forced_backend, provide
+from dinofast.ops.rows import normalize_rows, require
+from dinofast.ops.upsample_blur import Weights, resample_weights
+from dinofast.ops.upsample_blur import _fake as upsample_blur_results
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +61,20 @@ def _refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
     if max(features.shape[0], prototypes.shape[0]) >= 1 << 31:
         return f"wants fewer than 2**31 rows, got {features.shape[0]} and {prototypes.shape[0]}"
     return None
+
+
+def _refuse_cosine_map(
+    features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None
+) -> str | None:
+    if features.dtype not in _DTYPES:
+        return f"wants float32, bfloat16 or float16, got {features.dtype}"
+    if max(features[..., 0].numel(), prototypes.shape[0]) >= 1 << 31:
+        return f"wants fewer than 2**31 patches and prototypes, got {features[..., 0].numel()}"
+    return None
+
+
+def _refuse_first(x: Tensor, *_: object) -> str | None:
+    return None if x.dtype in _DTYPES else f"wants float32, bfloat16 or float16, got {x.dtype}"
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -174,6 +193,64 @@ else:
 
     provide("knn_topk_bank", Kernel("cpu", ("cpu",), _knn_topk_bank_cpu, _refuse_knn_topk_bank))
 
+    def _weights(x: Weights) -> tuple[int, int, int, int]:
+        return x.count, x.start.data_ptr(), x.index.data_ptr(), x.weight.data_ptr()
+
+    def _upsample_blur_cpu(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
+        pixels = upsample_blur_results(map, size, sigma, mode, boundary)
+        map = map.to(torch.float32).contiguous()
+        (b, h, w), (height, width) = map.shape, size
+        rows, _ = resample_weights(h, height, sigma, mode, boundary)
+        _, columns = resample_weights(w, width, sigma, mode, boundary)
+        _native.upsample_blur(
+            map.data_ptr(), b, h, _weights(rows), _weights(columns), width, pixels.data_ptr(), _threads()
+        )
+        return pixels
+
+    def _cosine_map_cpu(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None) -> Tensor:
+        pixels = cosine_map_results(features, prototypes, size, mask)
+        (_, h, w, d), (height, width) = features.shape, size
+        features, prototypes = _dense(features.reshape(-1, d)), _dense(prototypes)
+        mask = None if mask is None else mask.contiguous()
+        rows, _ = resample_weights(h, height, 0.0, "bilinear", "reflect")
+        _, columns = resample_weights(w, width, 0.0, "bilinear", "reflect")
+        _native.cosine_map(
+            *_matrix(features),
+            *_matrix(prototypes),
+            d,
+            _NATIVE_ELEMENTS[features.dtype],
+            0 if mask is None else mask.data_ptr(),
+            h,
+            _weights(rows),
+            _weights(columns),
+            width,
+            pixels.data_ptr(),
+            _threads(),
+        )
+        return pixels
+
+    def _farthest_point_cpu(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        nearest, farthest = farthest_point_results(rows, min_distance, index)
+        n, center = rows.shape[0], int(index)
+        require(0 <= center < n, lambda: f"farthest_point: index {center} is outside [0, {n})")
+        rows, min_distance = _dense(rows), min_distance.contiguous()
+        farthest.fill_(
+            _native.farthest_point(
+                *_matrix(rows),
+                rows.shape[1],
+                _NATIVE_ELEMENTS[rows.dtype],
+                min_distance.data_ptr(),
+                center,
+                nearest.data_ptr(),
+                _threads(),
+            )
+        )
+        return nearest, farthest
+
+    provide("upsample_blur", Kernel("cpu", ("cpu",), _upsample_blur_cpu, _refuse_first))
+    provide("cosine_map", Kernel("cpu", ("cpu",), _cosine_map_cpu, _refuse_cosine_map))
+    provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, _refuse_first))
+
 
 def has_int8() -> bool:
     """Tell whether the instruction set in use multiplies int8 faster than float32."""
@@ -204,6 +281,32 @@ def quantize_bank(packed: list[Tensor], metric: str) -> None:
     """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS` from the rest."""
     (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
     _native.quantize_bank(_pointers(packed), m, d, columns, METRICS.index(metric), _threads())
+
+
+def native_k_center(
+    rows: Tensor, starts: list[int], mean: bool, limit: int
+) -> Callable[[Tensor], None] | None:
+    """Offer greedy k-centre selection in native code, which computes few of the distances.
+
+    Args:
+        rows: (N, D), float32, finite; must not change while rows are selected.
+        starts: a row that is selected already, or with `mean` rows whose mean distance begins the selection.
+        mean: see `starts`.
+        limit: rows to select in all.
+
+    Returns:
+        A function that fills a contiguous int64 vector with the next rows selected; None where there are no
+        native kernels for these rows or another backend is forced.
+    """
+    if "cpu" in MISSING or not rows.is_cpu or forced_backend() not in (None, "cpu"):
+        return None
+    rows = _dense(rows)
+    selection = _native.KCenter(*_matrix(rows), rows.shape[1], starts, mean, limit, _threads())
+
+    def select(index: Tensor, _alive: Tensor = rows) -> None:
+        selection.select(index.shape[0], index.data_ptr(), _threads())
+
+    return select
 
 
 try:

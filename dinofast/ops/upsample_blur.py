@@ -6,6 +6,8 @@ interpolation, boundary rule and blur together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -39,7 +41,8 @@ def upsample_blur(
 
     Returns:
         (B, H, W), float32 (float64 for float64 maps), a new tensor even where nothing changes. A NaN patch
-        makes the rows and columns it reaches NaN.
+        makes NaN of the pixels that it has a weight in, and of no others; an infinite one makes them
+        infinite.
 
     Raises:
         RuntimeError: wrong dimensions or dtype, an empty grid, size below 1, negative or non-finite sigma,
@@ -53,7 +56,7 @@ def upsample_blur(
 
 
 @lru_cache(maxsize=64)
-def resample_matrix(source: int, target: int, sigma: float, mode: str, boundary: str) -> Tensor:
+def resample_matrix(source: int, target: int, sigma: float, mode: str, boundary: str) -> NDArray[np.float64]:
     """Build the (target, source) matrix of interpolation followed by blur along one axis.
 
     Args:
@@ -64,17 +67,17 @@ def resample_matrix(source: int, target: int, sigma: float, mode: str, boundary:
         boundary: see `upsample_blur`.
 
     Returns:
-        float64 on the CPU; every row sums to 1.
+        (target, source); every row sums to 1. A weight is zero only where it is exactly so.
     """
     pixels = np.arange(target)
     matrix = np.zeros((target, source))
     if mode == "nearest":
-        matrix[pixels, np.minimum(pixels * source // target, source - 1)] = 1
-    else:
-        place = np.clip((pixels + 0.5) * source / target - 0.5, 0, source - 1)
-        low = np.floor(place).astype(int)
-        np.add.at(matrix, (pixels, low), 1 - (place - low))
-        np.add.at(matrix, (pixels, np.minimum(low + 1, source - 1)), place - low)
+        matrix[pixels, pixels * source // target] = 1
+    else:  # in whole numbers, so that a weight of zero is exactly zero
+        place = np.clip((2 * pixels + 1) * source - target, 0, 2 * target * (source - 1))
+        low, rest = np.divmod(place, 2 * target)
+        matrix[pixels, low] = 1 - rest / (2 * target)
+        matrix[pixels, np.minimum(low + 1, source - 1)] += rest / (2 * target)
     if sigma > 0:
         radius = int(4 * sigma + 0.5)
         offsets = np.arange(-radius, radius + 1)
@@ -83,7 +86,44 @@ def resample_matrix(source: int, target: int, sigma: float, mode: str, boundary:
         sharp, matrix = matrix, np.zeros_like(matrix)
         for offset, weight in zip(offsets, weights, strict=True):
             matrix += weight * sharp[_fold(pixels + offset, target, boundary)]
-    return torch.from_numpy(matrix)
+    return matrix
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The non-zero entries of a matrix, as native kernels take them.
+
+    Attributes:
+        count: rows of the matrix.
+        start: (count + 1,) int32: the entries of row i are start[i] to start[i + 1].
+        index: (entries,) int32: column of each, ascending within a row.
+        weight: (entries,) float32.
+    """
+
+    count: int
+    start: Tensor
+    index: Tensor
+    weight: Tensor
+
+
+@lru_cache(maxsize=64)
+def resample_weights(
+    source: int, target: int, sigma: float, mode: str, boundary: str
+) -> tuple[Weights, Weights]:
+    """Give the entries of `resample_matrix`, by pixel and by patch; the pixels of a patch are contiguous."""
+    matrix = resample_matrix(source, target, sigma, mode, boundary)
+    return _entries(matrix), _entries(matrix.T)
+
+
+def _entries(matrix: NDArray[np.float64]) -> Weights:
+    row, column = matrix.nonzero()
+    start = np.searchsorted(row, np.arange(matrix.shape[0] + 1))
+    return Weights(
+        count=matrix.shape[0],
+        start=torch.from_numpy(start.astype(np.int32)),
+        index=torch.from_numpy(column.astype(np.int32)),
+        weight=torch.from_numpy(matrix[row, column].astype(np.float32)),
+    )
 
 
 def _fold(place: NDArray[np.int64], length: int, boundary: str) -> NDArray[np.int64]:
@@ -97,13 +137,40 @@ def _fold(place: NDArray[np.int64], length: int, boundary: str) -> NDArray[np.in
     return np.where(place < length, place, 2 * length - 2 - place)
 
 
-def _reference(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
-    _fake(map, size, sigma, mode, boundary)
+def resample(map: Tensor, size: Sequence[int], sigma: float, mode: str, boundary: str) -> Tensor:
+    """Compute A·S·Bᵀ by its definition: see `upsample_blur`.
+
+    Where a weight is zero nothing passes, not even NaN or inf, as a plain product would let through.
+
+    Args:
+        map: (B, h, w), float32 or float64.
+        size: see `upsample_blur`.
+        sigma: see `upsample_blur`.
+        mode: see `upsample_blur`.
+        boundary: see `upsample_blur`.
+
+    Returns:
+        (B, H, W), of the dtype of `map`; differentiable.
+    """
     rows, columns = (
-        resample_matrix(int(source), int(target), sigma, mode, boundary).to(map.device, result_dtype(map))
+        torch.tensor(
+            resample_matrix(int(source), int(target), sigma, mode, boundary),
+            dtype=map.dtype,
+            device=map.device,
+        )
         for source, target in zip(map.shape[1:], size, strict=True)
     )
-    return rows @ map.to(rows.dtype) @ columns.T
+    pixels = rows @ torch.where(map.isfinite(), map, 0) @ columns.T
+    touches_rows, touches_columns = (rows != 0).to(map.dtype), (columns != 0).to(map.dtype)
+    for infinity in (torch.inf, -torch.inf):  # NaN counts as both: their sum
+        broken = (map.isnan() | (map == infinity)).to(map.dtype)
+        pixels = pixels + torch.where(touches_rows @ broken @ touches_columns.T > 0, infinity, 0)
+    return pixels
+
+
+def _reference(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
+    _fake(map, size, sigma, mode, boundary)
+    return resample(map.to(result_dtype(map)), size, sigma, mode, boundary)
 
 
 def _fake(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
@@ -143,6 +210,17 @@ def _samples() -> list[Sample]:
     ]
     variants = [(mode, boundary) for mode in MODES for boundary in BOUNDARIES]
     found += [Sample(f"{m} {b}", (draw(2, 5, 7), [34, 29], 1.3, m, b)) for m, b in variants]
+    broken = draw(3, 9, 11)
+    broken[0, 4, 5] = torch.nan
+    broken[1, 0, 10], broken[1, 8, 0], broken[2, 2, 2] = torch.inf, -torch.inf, torch.inf
+    broken[2, 2, 3], broken[2, 7, 7] = -torch.inf, torch.nan
+    for height, width, sigma in ((63, 90, 1.0), (18, 22, 0.0), (9, 11, 0.0), (4, 5, 0.5), (27, 33, 30.0)):
+        found += [
+            Sample(
+                f"NaN and inf to {height}x{width}, sigma {sigma}, {m}", (broken, [height, width], sigma, m, b)
+            )
+            for m, b in (("bilinear", "reflect"), ("nearest", "mirror"))
+        ]
     return found
 
 

@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "register_tile.h"
+#include "vector_lines.h"
 
 namespace dinofast {
 namespace {
@@ -37,24 +38,6 @@ struct Avx2 {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
     }
     static void put(float* p, Float x) { _mm256_storeu_ps(p, x); }
-    static double sq_distance(const float* x, const float* y, int64_t d) {
-        __m256d sum[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
-        int64_t k = 0;
-        for (; k + 16 <= d; k += 16) {
-            for (int i = 0; i < 4; ++i) {
-                const __m128 v = _mm_sub_ps(_mm_loadu_ps(x + k + 4 * i), _mm_loadu_ps(y + k + 4 * i));
-                const __m256d wide = _mm256_cvtps_pd(v);
-                sum[i] = _mm256_fmadd_pd(wide, wide, sum[i]);
-            }
-        }
-        double lanes[16];
-        for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lanes + 4 * i, sum[i]);
-        for (int lane = 0; k < d; ++k, ++lane) {
-            const double v = x[k] - y[k];
-            lanes[lane] += v * v;
-        }
-        return sum_of_lanes(lanes);
-    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m256d low = _mm256_setzero_pd(), high = low;
         int64_t k = 0;
@@ -70,6 +53,30 @@ struct Avx2 {
         for (; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
         return sum;
     }
+    static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
+    static void store(Float x, float* p) { _mm256_storeu_ps(p, x); }
+    static __m128 halves(Float x) {
+        return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    }
+    static void sum_each(const Float x[4], float out[4]) {
+        __m128 a = halves(x[0]), b = halves(x[1]), c = halves(x[2]), d = halves(x[3]);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+    }
+    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
+        __m256d sum[4];
+        for (__m256d& s : sum) s = _mm256_setzero_pd();
+        int64_t k = 0;
+        for (; k + 16 <= d; k += 16) {
+            for (int part = 0; part < 4; ++part) {
+                const int64_t at = k + 4 * part;
+                const __m256d gap = _mm256_cvtps_pd(_mm_sub_ps(_mm_loadu_ps(x + at), _mm_loadu_ps(y + at)));
+                sum[part] = _mm256_fmadd_pd(gap, gap, sum[part]);
+            }
+        }
+        for (int part = 0; part < 4; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
+        return k;
+    }
 };
 
 }  // namespace
@@ -80,6 +87,6 @@ const Tile avx2_tile = {"avx2",
                         register_tile_normalize<Avx2>,
                         register_tile_best<Avx2, 6>,
                         register_tile_sieve<Avx2, 6>,
-                        Avx2::sq_distance};
+                        vector_lines<Avx2>};
 
 }  // namespace dinofast

@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "register_tile.h"
+#include "vector_lines.h"
 
 namespace dinofast {
 namespace {
@@ -36,23 +37,6 @@ struct Avx512 {
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
     static void put(float* p, Float x) { _mm512_storeu_ps(p, x); }
-    static double sq_distance(const float* x, const float* y, int64_t d) {
-        __m512d low = _mm512_setzero_pd(), high = low;
-        for (int64_t k = 0; k < d; k += 16) {
-            const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
-            const Float v =
-                _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + k), _mm512_maskz_loadu_ps(valid, y + k));
-            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-            const __m512d b =
-                _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-            low = _mm512_fmadd_pd(a, a, low);
-            high = _mm512_fmadd_pd(b, b, high);
-        }
-        double lanes[16];
-        _mm512_storeu_pd(lanes, low);
-        _mm512_storeu_pd(lanes + 8, high);
-        return sum_of_lanes(lanes);
-    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m512d low = _mm512_setzero_pd(), high = low;
         for (int64_t k = 0; k < d; k += 16) {
@@ -66,6 +50,31 @@ struct Avx512 {
         }
         return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
     }
+    static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
+    static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
+    static __m128 quarters(Float x) {
+        const __m128 low = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1));
+        return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(x, 2), _mm512_extractf32x4_ps(x, 3)));
+    }
+    static void sum_each(const Float x[4], float out[4]) {
+        __m128 a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+    }
+    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
+        __m512d low = _mm512_setzero_pd(), high = low;
+        int64_t k = 0;
+        for (; k + 16 <= d; k += 16) {
+            const __m256 left = _mm256_sub_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(y + k));
+            const __m256 right = _mm256_sub_ps(_mm256_loadu_ps(x + k + 8), _mm256_loadu_ps(y + k + 8));
+            const __m512d a = _mm512_cvtps_pd(left), b = _mm512_cvtps_pd(right);
+            low = _mm512_fmadd_pd(a, a, low);
+            high = _mm512_fmadd_pd(b, b, high);
+        }
+        _mm512_storeu_pd(sums, low);
+        _mm512_storeu_pd(sums + 8, high);
+        return k;
+    }
 };
 
 }  // namespace
@@ -76,6 +85,6 @@ const Tile avx512_tile = {"avx512",
                           register_tile_normalize<Avx512>,
                           register_tile_best<Avx512, 12>,
                           register_tile_sieve<Avx512, 12>,
-                          Avx512::sq_distance};
+                          vector_lines<Avx512>};
 
 }  // namespace dinofast

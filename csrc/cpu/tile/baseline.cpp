@@ -67,20 +67,70 @@ int64_t sieve(const float* tile, const float* panels, int64_t columns, int64_t d
     return found;
 }
 
+constexpr int SUMS = 16;
+
 double sq_distance(const float* x, const float* y, int64_t d) {
-    double lanes[16] = {};
-    for (int64_t k = 0; k < d; k += 16) {
-        const int present = d - k < 16 ? static_cast<int>(d - k) : 16;
-        for (int i = 0; i < present; ++i) {
-            const double v = x[k + i] - y[k + i];
-            lanes[i] += v * v;
+    double sums[SUMS] = {};
+    int64_t k = 0;
+    for (; k + SUMS <= d; k += SUMS) {
+        for (int i = 0; i < SUMS; ++i) {
+            const double gap = x[k + i] - y[k + i];
+            sums[i] += gap * gap;
         }
     }
-    return sum_of_lanes(lanes);
+    for (int i = 0; k + i < d; ++i) {
+        const double gap = x[k + i] - y[k + i];
+        sums[i] += gap * gap;
+    }
+    for (int half = SUMS / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
+}
+
+void rough_sq_distances(const float* x, const float* const y[4], int64_t d, float out[4]) {
+    for (int which = 0; which < 4; ++which) {
+        const float* const z = y[which];
+        float sums[SUMS] = {};
+        int64_t k = 0;
+        for (; k + SUMS <= d; k += SUMS) {
+            for (int i = 0; i < SUMS; ++i) sums[i] += (x[k + i] - z[k + i]) * (x[k + i] - z[k + i]);
+        }
+        for (; k < d; ++k) sums[0] += (x[k] - z[k]) * (x[k] - z[k]);
+        out[which] = 0;
+        for (float part : sums) out[which] += part;
+    }
+}
+
+void add_scaled(const float* x, float factor, int64_t n, float* out) {
+    for (int64_t j = 0; j < n; ++j) out[j] += factor * x[j];
+}
+
+void combine(const float* rows, int64_t stride, const int32_t* index, const float* weight, int64_t count,
+             int64_t n, float* out) {
+    for (int64_t start = 0; start < n; start += SUMS) {
+        float sums[SUMS] = {};
+        const int64_t width = std::min<int64_t>(SUMS, n - start);
+        for (int64_t t = 0; t < count; ++t) {
+            const float* row = rows + index[t] * stride + start;
+            if (width == SUMS) {
+                for (int i = 0; i < SUMS; ++i) sums[i] += weight[t] * row[i];
+            } else {
+                for (int i = 0; i < width; ++i) sums[i] += weight[t] * row[i];
+            }
+        }
+        std::copy(sums, sums + width, out + start);
+    }
 }
 
 }  // namespace
 
-const Tile baseline_tile = {"baseline", ROWS, COLUMNS, normalize, best, sieve, sq_distance};
+const Tile baseline_tile = {"baseline",
+                            ROWS,
+                            COLUMNS,
+                            normalize,
+                            best,
+                            sieve,
+                            {sq_distance, rough_sq_distances, add_scaled, combine}};
 
 }  // namespace dinofast

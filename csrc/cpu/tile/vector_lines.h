@@ -1,0 +1,90 @@
+// Lines over a vector type V, included like register_tile.h by every file in this folder.
+#pragma once
+
+#include "../tile.h"
+
+namespace dinofast {
+
+template <class V>
+double vector_sq_distance(const float* x, const float* y, int64_t d) {
+    double sums[16];
+    const int64_t k = V::add_sq_distance(x, y, d, sums);
+    for (int i = 0; k + i < d; ++i) {
+        const double gap = x[k + i] - y[k + i];
+        sums[i] += gap * gap;
+    }
+    for (int half = 8; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
+}
+
+template <class V>
+void vector_rough_sq_distances(const float* x, const float* const y[4], int64_t d, float out[4]) {
+    constexpr int LANES = V::LANES;
+    typename V::Float sum[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = V::set(0);
+    int64_t k = 0;
+    for (; k + LANES <= d; k += LANES) {
+        const auto left = V::load(x + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const auto gap = V::subtract(left, V::load(y[i] + k));
+            sum[i] = V::multiply_add(gap, gap, sum[i]);
+        }
+    }
+    V::sum_each(sum, out);
+    for (; k < d; ++k) {
+        for (int i = 0; i < 4; ++i) out[i] += (x[k] - y[i][k]) * (x[k] - y[i][k]);
+    }
+}
+
+template <class V>
+void vector_add_scaled(const float* x, float factor, int64_t n, float* out) {
+    const auto by = V::set(factor);
+    int64_t j = 0;
+    for (; j + V::LANES <= n; j += V::LANES)
+        V::store(V::multiply_add(by, V::load(x + j), V::load(out + j)), out + j);
+    for (; j < n; ++j) out[j] += factor * x[j];
+}
+
+template <class V>
+void vector_combine(const float* rows, int64_t stride, const int32_t* index, const float* weight,
+                    int64_t count, int64_t n, float* out) {
+    constexpr int LANES = V::LANES, PARTS = 4;
+    int64_t j = 0;
+    for (; j + PARTS * LANES <= n; j += PARTS * LANES) {
+        typename V::Float sum[PARTS];
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) sum[part] = V::set(0);
+        for (int64_t t = 0; t < count; ++t) {
+            const float* row = rows + index[t] * stride + j;
+            const auto by = V::set(weight[t]);
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; ++part) {
+                sum[part] = V::multiply_add(by, V::load(row + part * LANES), sum[part]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) V::store(sum[part], out + j + part * LANES);
+    }
+    for (; j + LANES <= n; j += LANES) {
+        auto sum = V::set(0);
+        for (int64_t t = 0; t < count; ++t) {
+            sum = V::multiply_add(V::set(weight[t]), V::load(rows + index[t] * stride + j), sum);
+        }
+        V::store(sum, out + j);
+    }
+    for (; j < n; ++j) {
+        float sum = 0;
+        for (int64_t t = 0; t < count; ++t) sum += weight[t] * rows[index[t] * stride + j];
+        out[j] = sum;
+    }
+}
+
+template <class V>
+constexpr Lines vector_lines = {vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_add_scaled<V>,
+                                vector_combine<V>};
+
+}  // namespace dinofast

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -193,18 +194,24 @@ else:
 
     provide("knn_topk_bank", Kernel("cpu", ("cpu",), _knn_topk_bank_cpu, _refuse_knn_topk_bank))
 
-    def _weights(x: Weights) -> tuple[int, int, int, int]:
-        return x.count, x.start.data_ptr(), x.index.data_ptr(), x.weight.data_ptr()
+    @lru_cache(maxsize=64)
+    def _axes(
+        h: int, w: int, height: int, width: int, sigma: float, mode: str, boundary: str
+    ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], tuple[Weights, Weights]]:
+        """Give the rows' weights by pixel and the columns' by patch as pointers, and what they point into."""
+        rows, _ = resample_weights(h, height, sigma, mode, boundary)
+        _, columns = resample_weights(w, width, sigma, mode, boundary)
+        left, right = (
+            (x.count, x.start.data_ptr(), x.index.data_ptr(), x.weight.data_ptr()) for x in (rows, columns)
+        )
+        return left, right, (rows, columns)
 
     def _upsample_blur_cpu(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
         pixels = upsample_blur_results(map, size, sigma, mode, boundary)
         map = map.to(torch.float32).contiguous()
         (b, h, w), (height, width) = map.shape, size
-        rows, _ = resample_weights(h, height, sigma, mode, boundary)
-        _, columns = resample_weights(w, width, sigma, mode, boundary)
-        _native.upsample_blur(
-            map.data_ptr(), b, h, _weights(rows), _weights(columns), width, pixels.data_ptr(), _threads()
-        )
+        rows, columns, _alive = _axes(h, w, height, width, sigma, mode, boundary)
+        _native.upsample_blur(map.data_ptr(), b, h, rows, columns, width, pixels.data_ptr(), _threads())
         return pixels
 
     def _cosine_map_cpu(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None) -> Tensor:
@@ -212,8 +219,7 @@ else:
         (_, h, w, d), (height, width) = features.shape, size
         features, prototypes = _dense(features.reshape(-1, d)), _dense(prototypes)
         mask = None if mask is None else mask.contiguous()
-        rows, _ = resample_weights(h, height, 0.0, "bilinear", "reflect")
-        _, columns = resample_weights(w, width, 0.0, "bilinear", "reflect")
+        rows, columns, _alive = _axes(h, w, height, width, 0.0, "bilinear", "reflect")
         _native.cosine_map(
             *_matrix(features),
             *_matrix(prototypes),
@@ -221,8 +227,8 @@ else:
             _NATIVE_ELEMENTS[features.dtype],
             0 if mask is None else mask.data_ptr(),
             h,
-            _weights(rows),
-            _weights(columns),
+            rows,
+            columns,
             width,
             pixels.data_ptr(),
             _threads(),

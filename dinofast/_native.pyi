@@ -21,3 +21,21 @@ def cosine_max(
     threads: int,
     /,
 ) -> None: ...
+def dpm_stats(
+    x: int,
+    n: int,
+    stride: int,
+    d: int,
+    element: int,
+    means: int,
+    precisions: int,
+    constants: int,
+    k: int,
+    full: bool,
+    log_likelihood: int,
+    count: int,
+    first: int,
+    second: int,
+    threads: int,
+    /,
+) -> tuple[int, int]: ...

@@ -28,6 +28,8 @@ struct Tile {
     // does not depend on where row and column stand.
     void (*best)(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
                  float* value, int32_t* index);
+
+    const struct MixtureTile* mixture;  // what dpm_stats needs
 };
 
 extern const Tile baseline_tile;

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.dpm_stats import _fake as dpm_stats_results
+from dinofast.ops.dpm_stats import log_constants, require_definite
 from dinofast.ops.registry import MISSING, Kernel, provide
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
@@ -47,6 +49,12 @@ def _refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
     if max(features.shape[0], prototypes.shape[0]) >= 1 << 31:
         return f"wants fewer than 2**31 rows, got {features.shape[0]} and {prototypes.shape[0]}"
     return None
+
+
+def _refuse_dpm_stats(x: Tensor, means: Tensor, *others: Tensor | str) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"wants float32, bfloat16 or float16, got {x.dtype}"
+    return None if means.shape[0] < 1 << 31 else f"wants fewer than 2**31 components, got {means.shape[0]}"
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -88,6 +96,46 @@ else:
         return similarity, index
 
     provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, _refuse_cosine_max))
+
+    def dpm_stats_native(
+        x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
+        """Give the results and how many pairs of row and component had their log-probability computed."""
+        log_likelihood, count, first, second = dpm_stats_results(
+            x, means, precisions, log_weights, covariance_type
+        )
+        constants = log_constants(means, precisions, log_weights, covariance_type)
+        x, means = _dense(x), means.contiguous()
+        wide = second
+        if covariance_type == "spherical":
+            precisions, wide = precisions[:, None].expand(means.shape), torch.empty_like(first)
+        precisions = precisions.contiguous()
+        failed, evaluated = _native.dpm_stats(
+            *_matrix(x),
+            x.shape[1],
+            _NATIVE_ELEMENTS[x.dtype],
+            means.data_ptr(),
+            precisions.data_ptr(),
+            constants.data_ptr(),
+            means.shape[0],
+            covariance_type == "full",
+            log_likelihood.data_ptr(),
+            count.data_ptr(),
+            first.data_ptr(),
+            wide.data_ptr(),
+            _threads(),
+        )
+        require_definite(failed)
+        if covariance_type == "spherical":
+            torch.sum(wide, 1, out=second)
+        return (log_likelihood, count, first, second), evaluated
+
+    def _dpm_stats_cpu(
+        x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return dpm_stats_native(x, means, precisions, log_weights, covariance_type)[0]
+
+    provide("dpm_stats", Kernel("cpu", ("cpu",), _dpm_stats_cpu, _refuse_dpm_stats))
 
 
 try:

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "mixture.h"
 #include "register_tile.h"
 
 namespace dinofast {
@@ -50,8 +51,29 @@ struct Avx2 {
     }
 };
 
+struct Avx2Mixture : Avx2 {
+    using Avx2::multiply_add;
+    using Double = __m256d;
+
+    static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
+    static Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
+    static void put(Float x, float* p) { _mm256_storeu_ps(p, x); }
+    static Double widen(double x) { return _mm256_set1_pd(x); }
+    static Double widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+    static Double widen(const double* p) { return _mm256_loadu_pd(p); }
+    static Double subtract(Double x, Double y) { return _mm256_sub_pd(x, y); }
+    static Double multiply(Double x, Double y) { return _mm256_mul_pd(x, y); }
+    static Double multiply_add(Double x, Double y, Double sum) { return _mm256_fmadd_pd(x, y, sum); }
+    static double sum(Double x, Double y) {
+        double lanes[4];
+        _mm256_storeu_pd(lanes, _mm256_add_pd(x, y));
+        return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    }
+};
+
 }  // namespace
 
-const Tile avx2_tile = {"avx2", 6, 16, register_tile_normalize<Avx2>, register_tile_best<Avx2, 6>};
+const Tile avx2_tile = {
+    "avx2", 6, 16, register_tile_normalize<Avx2>, register_tile_best<Avx2, 6>, &mixture_tile<Avx2Mixture, 6>};
 
 }  // namespace dinofast

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "mixture.h"
 #include "register_tile.h"
 
 namespace dinofast {
@@ -49,8 +50,29 @@ struct Avx512 {
     }
 };
 
+struct Avx512Mixture : Avx512 {
+    using Avx512::multiply_add;
+    using Double = __m512d;
+
+    static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
+    static Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
+    static void put(Float x, float* p) { _mm512_storeu_ps(p, x); }
+    static Double widen(double x) { return _mm512_set1_pd(x); }
+    static Double widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+    static Double widen(const double* p) { return _mm512_loadu_pd(p); }
+    static Double subtract(Double x, Double y) { return _mm512_sub_pd(x, y); }
+    static Double multiply(Double x, Double y) { return _mm512_mul_pd(x, y); }
+    static Double multiply_add(Double x, Double y, Double sum) { return _mm512_fmadd_pd(x, y, sum); }
+    static double sum(Double x, Double y) { return _mm512_reduce_add_pd(_mm512_add_pd(x, y)); }
+};
+
 }  // namespace
 
-const Tile avx512_tile = {"avx512", 12, 32, register_tile_normalize<Avx512>, register_tile_best<Avx512, 12>};
+const Tile avx512_tile = {"avx512",
+                          12,
+                          32,
+                          register_tile_normalize<Avx512>,
+                          register_tile_best<Avx512, 12>,
+                          &mixture_tile<Avx512Mixture, 12>};
 
 }  // namespace dinofast

@@ -44,7 +44,7 @@ float round_up_to_float(double x) {
 struct Screen::Work {
     float *y, *sums, *lost;
     Pair* pairs;
-    double *difference, *best, *total;
+    double *difference, *best, *total, *known;  // `known`: the log-probability of the candidate
     float *floor, *norm;
     int32_t *candidate, *order;
     int32_t* alive;
@@ -67,6 +67,7 @@ Screen::Work Screen::place(char* scratch) const {
     take(work.difference, mixture_.d);
     take(work.best, patches);
     take(work.total, patches);
+    take(work.known, patches);
     take(work.floor, patches);
     take(work.norm, patches);
     take(work.candidate, patches);
@@ -270,7 +271,7 @@ void Screen::choose(const Work& work, const float* y, int64_t stride, int64_t co
     });
     for (int64_t n = 0; n < chosen; ++n) {
         const int32_t i = work.order[n];
-        const double value = evaluate(work, y + i * stride, work.candidate[i]);
+        const double value = work.known[i] = evaluate(work, y + i * stride, work.candidate[i]);
         if (value > work.best[i]) {
             work.best[i] = value;
             work.floor[i] = floor_of(value);
@@ -312,9 +313,14 @@ int64_t Screen::list(const Work& work, const float* y, int64_t stride, int64_t c
             for (int64_t i = start; i < std::min(start + lanes, count); ++i) {
                 const float sum = sums[i - start] > FLT_MAX ? FLT_MAX : sums[i - start];
                 if (half_ * sum > upper_[k] + slack_[k] * work.norm[i] - work.floor[i]) continue;
-                const double form = static_cast<double>(sum) + (exact ? lost[i - start] : 0);
-                const double value =
-                    exact && sum <= accept_ ? constants_[k] - 0.5 * form : evaluate(work, y + i * stride, k);
+                double value;
+                if (k == work.candidate[i]) {
+                    value = work.known[i];
+                } else if (exact && sum <= accept_) {
+                    value = constants_[k] - 0.5 * (static_cast<double>(sum) + lost[i - start]);
+                } else {
+                    value = evaluate(work, y + i * stride, k);
+                }
                 if (value > work.best[i]) {
                     work.best[i] = value;
                     work.floor[i] = floor_of(value);

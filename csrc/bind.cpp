@@ -4,6 +4,7 @@
 
 #include "cpu/cosine_map.h"
 #include "cpu/cosine_max.h"
+#include "cpu/dpm_stats.h"
 #include "cpu/farthest_point.h"
 #include "cpu/isa.h"
 #include "cpu/k_center.h"
@@ -184,4 +185,27 @@ PYBIND11_MODULE(_native, m) {
                 self.select(count, reinterpret_cast<int64_t*>(index), threads);
             },
             "Select count more rows into index (count,) int64.");
+    m.def(
+        "dpm_stats",
+        [](uintptr_t x, int64_t n, int64_t stride, int64_t d, int element, uintptr_t means,
+           uintptr_t precisions, uintptr_t constants, int64_t k, bool full, uintptr_t log_likelihood,
+           uintptr_t count, uintptr_t first, uintptr_t second, int threads) {
+            const Tile& tile = chosen_tile();
+            const Rows rows{reinterpret_cast<const void*>(x), n, stride, d, static_cast<Element>(element)};
+            const Mixture mixture{k,
+                                  d,
+                                  full,
+                                  reinterpret_cast<const float*>(means),
+                                  reinterpret_cast<const float*>(precisions),
+                                  reinterpret_cast<const double*>(constants)};
+            const MixtureSums out{reinterpret_cast<float*>(log_likelihood), reinterpret_cast<float*>(count),
+                                  reinterpret_cast<float*>(first), reinterpret_cast<float*>(second)};
+            py::gil_scoped_release release;
+            int64_t evaluated = 0;
+            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, threads);
+            return std::pair(failed, evaluated);
+        },
+        "Fill log_likelihood (N,), count (K,), first (K, D) and second, float32; give the first component "
+        "that "
+        "is not positive definite, or -1, and the pairs of row and component that were evaluated.");
 }

@@ -119,3 +119,22 @@ class KCenter:
         /,
     ) -> None: ...
     def select(self, count: int, index: int, threads: int, /) -> None: ...
+
+def dpm_stats(
+    x: int,
+    n: int,
+    stride: int,
+    d: int,
+    element: int,
+    means: int,
+    precisions: int,
+    constants: int,
+    k: int,
+    full: bool,
+    log_likelihood: int,
+    count: int,
+    first: int,
+    second: int,
+    threads: int,
+    /,
+) -> tuple[int, int]: ...

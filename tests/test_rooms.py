@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "cli": {"commands"},
     "kernels": set(),
 }
-ONLY_HERE = {"torch.compile": "backbone", "_native": "ops/providers.py", "_cuda": "ops/providers.py"}
+ONLY_HERE = {"_native": "ops/providers/cpu.py", "_cuda": "ops/providers/gpu.py"}
 NEVER = {"torchvision", "timm"}
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts != ("__init__.py",))

@@ -59,6 +59,7 @@ struct Tile {
                      const float* threshold, Hit* hits);
 
     Lines lines;
+    const struct MixtureTile* mixture;  // what dpm_stats needs
 };
 
 extern const Tile baseline_tile;

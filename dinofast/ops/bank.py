@@ -350,7 +350,7 @@ def _group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
     """Quantize rows, group after group, each padded to whole panels."""
-    width, (m, d) = providers.INT8_COLUMNS, rows.shape
+    width, (m, d) = providers.int8_columns(), rows.shape
     group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
     size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
     padded = (size + width - 1) // width * width

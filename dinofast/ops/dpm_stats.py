@@ -41,7 +41,8 @@ def dpm_stats(
         second: Σ_i r_ik x_i² (K, D) for "diag"; Σ_i r_ik |x_i|² (K,) for "spherical"; Σ_i r_ik x_i x_iᵀ
             (K, D, D) for "full".
         All float32 (float64 for float64 arguments). A row with NaN or inf has log-likelihood NaN and makes
-        every sum NaN. With no rows the sums are 0.
+        every sum NaN; parameters with NaN or inf, log-weights of −inf aside, make everything NaN. With no
+        rows the sums are 0.
 
     Raises:
         RuntimeError: wrong dimensions, dtype, device or covariance type; precisions that are not positive
@@ -61,6 +62,41 @@ def dpm_stats(
     return log_likelihood, count, first, second
 
 
+def pairs_evaluated(
+    x: Tensor,
+    means: Tensor,
+    precisions: Tensor,
+    log_weights: Tensor,
+    covariance_type: str = "diag",
+) -> float:
+    """Measure the share of (row, component) pairs whose log-probability the native kernel computes in full.
+
+    The others are ruled out by an upper bound: together they hold less than 2⁻³² of a row's responsibilities.
+
+    Args:
+        x: as `dpm_stats`, on the CPU, N >= 1.
+        means: as `dpm_stats`.
+        precisions: as `dpm_stats`.
+        log_weights: as `dpm_stats`.
+        covariance_type: as `dpm_stats`.
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        RuntimeError: as `dpm_stats`; N = 0; or no native kernel can serve the arguments.
+    """
+    from dinofast.ops import MISSING
+    from dinofast.ops.providers import cpu  # imports this module
+
+    require(x.shape[0] > 0, lambda: "pairs_evaluated: x has no rows")
+    arguments = (x, means, precisions, log_weights, covariance_type)
+    kernel = next((k for k in OP.kernels if k.backend == "cpu"), None)
+    reason = kernel.refuse(*arguments) if kernel else MISSING.get("cpu")
+    require(reason is None, lambda: f"pairs_evaluated: {reason}")
+    return cpu.dpm_stats_native(*arguments)[1] / (x.shape[0] * means.shape[0])
+
+
 def _reference(
     x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,6 +105,7 @@ def _reference(
     mu, precision, log_w = means.double(), precisions.double(), log_weights.double()
     half_log_det, factor = _factor(mu, precision, covariance_type)
     constant = log_w + half_log_det - 0.5 * mu.shape[1] * math.log(2 * math.pi)
+    constant = constant.masked_fill(~mu.isfinite().all(1) | (constant == torch.inf), torch.nan)
     sums = [torch.zeros_like(r, dtype=torch.float64) for r in results[1:]]
     widest = means.shape[1] if covariance_type == "full" else 1
     step = max(1, BLOCK // (mu.shape[0] * widest))
@@ -98,17 +135,25 @@ def _factor(mu: Tensor, precision: Tensor, covariance_type: str) -> tuple[Tensor
     """Give ½ ln|Λ| of every component and, for full covariance, the Cholesky factor of Λ."""
     if covariance_type == "full":
         factor, failed = torch.linalg.cholesky_ex(precision)
-        require(
-            not bool(failed.any()),
-            lambda: (
-                f"dpm_stats: precisions of component {int(failed.nonzero()[0])} are not positive definite"
-            ),
-        )
+        require_definite(int(failed.nonzero()[0]) if failed.any() else -1)
         return factor.diagonal(dim1=1, dim2=2).log().sum(1), factor
     require(bool((precision > 0).all()), lambda: "dpm_stats: precisions must be positive")
     if covariance_type == "diag":
         return 0.5 * precision.log().sum(1), None
     return 0.5 * mu.shape[1] * precision.log(), None
+
+
+def log_constants(means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str) -> Tensor:
+    """Give ln w − ½ D ln 2π of every component in float64, with + ½ ln |Λ| unless covariance is full."""
+    constants = log_weights.double() - 0.5 * means.shape[1] * math.log(2 * math.pi)
+    if covariance_type == "full":
+        return constants
+    return constants + _factor(means, precisions.double(), covariance_type)[0]
+
+
+def require_definite(failed: int) -> None:
+    """Raise RuntimeError if `failed`, the number of a component, is not −1."""
+    require(failed < 0, lambda: f"dpm_stats: precisions of component {failed} are not positive definite")
 
 
 def _quadratic(

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "mixture.h"
 #include "register_tile.h"
 #include "vector_lines.h"
 
@@ -37,7 +38,6 @@ struct Avx2 {
     static uint32_t not_below(Float x, Float limit) {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
     }
-    static void put(float* p, Float x) { _mm256_storeu_ps(p, x); }
     static double sum_of_squares(const float* x, int64_t d) {
         __m256d low = _mm256_setzero_pd(), high = low;
         int64_t k = 0;
@@ -79,6 +79,25 @@ struct Avx2 {
     }
 };
 
+struct Avx2Mixture : Avx2 {
+    using Avx2::multiply_add;
+    using Avx2::subtract;
+    using Double = __m256d;
+
+    static Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
+    static Double widen(double x) { return _mm256_set1_pd(x); }
+    static Double widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+    static Double widen(const double* p) { return _mm256_loadu_pd(p); }
+    static Double subtract(Double x, Double y) { return _mm256_sub_pd(x, y); }
+    static Double multiply(Double x, Double y) { return _mm256_mul_pd(x, y); }
+    static Double multiply_add(Double x, Double y, Double sum) { return _mm256_fmadd_pd(x, y, sum); }
+    static double sum(Double x, Double y) {
+        double lanes[4];
+        _mm256_storeu_pd(lanes, _mm256_add_pd(x, y));
+        return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    }
+};
+
 }  // namespace
 
 const Tile avx2_tile = {"avx2",
@@ -87,6 +106,7 @@ const Tile avx2_tile = {"avx2",
                         register_tile_normalize<Avx2>,
                         register_tile_best<Avx2, 6>,
                         register_tile_sieve<Avx2, 6>,
-                        vector_lines<Avx2>};
+                        vector_lines<Avx2>,
+                        &mixture_tile<Avx2Mixture, 6>};
 
 }  // namespace dinofast

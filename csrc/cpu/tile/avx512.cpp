@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "mixture.h"
 #include "register_tile.h"
 #include "vector_lines.h"
 
@@ -36,7 +37,6 @@ struct Avx512 {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
-    static void put(float* p, Float x) { _mm512_storeu_ps(p, x); }
     static double sum_of_squares(const float* x, int64_t d) {
         __m512d low = _mm512_setzero_pd(), high = low;
         for (int64_t k = 0; k < d; k += 16) {
@@ -77,6 +77,21 @@ struct Avx512 {
     }
 };
 
+struct Avx512Mixture : Avx512 {
+    using Avx512::multiply_add;
+    using Avx512::subtract;
+    using Double = __m512d;
+
+    static Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
+    static Double widen(double x) { return _mm512_set1_pd(x); }
+    static Double widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+    static Double widen(const double* p) { return _mm512_loadu_pd(p); }
+    static Double subtract(Double x, Double y) { return _mm512_sub_pd(x, y); }
+    static Double multiply(Double x, Double y) { return _mm512_mul_pd(x, y); }
+    static Double multiply_add(Double x, Double y, Double sum) { return _mm512_fmadd_pd(x, y, sum); }
+    static double sum(Double x, Double y) { return _mm512_reduce_add_pd(_mm512_add_pd(x, y)); }
+};
+
 }  // namespace
 
 const Tile avx512_tile = {"avx512",
@@ -85,6 +100,7 @@ const Tile avx512_tile = {"avx512",
                           register_tile_normalize<Avx512>,
                           register_tile_best<Avx512, 12>,
                           register_tile_sieve<Avx512, 12>,
-                          vector_lines<Avx512>};
+                          vector_lines<Avx512>,
+                          &mixture_tile<Avx512Mixture, 12>};
 
 }  // namespace dinofast

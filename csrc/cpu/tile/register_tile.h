@@ -112,8 +112,8 @@ int64_t register_tile_sieve(const float* tile, const float* panels, int64_t colu
             uint32_t through = V::not_below(x, limit) | V::not_below(y, limit) << LANES;
             if (__builtin_expect(through == 0, 1)) continue;
             float score[WIDTH];
-            V::put(score, x);
-            V::put(score + LANES, y);
+            V::store(x, score);
+            V::store(y, score + LANES);
             for (through &= valid; through != 0; through &= through - 1) {
                 const int lane = __builtin_ctz(through);
                 hits[found++] = {r, static_cast<int32_t>(column) + lane, score[lane]};

@@ -1,40 +1,28 @@
-"""Who offers which kernel, and when it refuses; the only importer of _native, _cuda and dinofast.kernels.
-
-What cannot be loaded stays in `MISSING` with its reason.
-"""
+"""Kernels in C++: the only importer of _native."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dinofast.ops.cosine_map import _fake as cosine_map_results
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.dpm_stats import _fake as dpm_stats_results
+from dinofast.ops.dpm_stats import log_constants, require_definite
 from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
 from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
+from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_cosine_max
 from dinofast.ops.registry import MISSING, Kernel, forced_backend, provide
 from dinofast.ops.rows import normalize_rows, require
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def build() -> str:
-    """Tell how this package was built: "python", "cpu", "cuda", or "not built" for a bare source tree."""
-    record = Path(__file__).parents[1] / "_build.json"
-    return str(json.loads(record.read_text())["build"]) if record.exists() else "not built"
 
 
 def instruction_set() -> str:
@@ -46,28 +34,10 @@ def instruction_set() -> str:
     return "none" if "cpu" in MISSING else _native.isa()
 
 
-def _absent(error: ImportError, tool: str) -> str:
-    """Say why a module is missing: the build did not make it, or it is there and cannot be loaded."""
-    made = build()
-    if made == "not built":
-        return "this source tree is not built; run pip install -e ."
-    if made == "cuda" or (made == "cpu" and tool != "nvcc"):
-        return str(error)
-    return f"built without it (no {tool} found, or DINOFAST_BUILD={made}); install {tool} and reinstall"
-
-
-def _refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
-    if features.dtype not in _DTYPES:
-        return f"wants float32, bfloat16 or float16, got {features.dtype}"
-    if max(features.shape[0], prototypes.shape[0]) >= 1 << 31:
-        return f"wants fewer than 2**31 rows, got {features.shape[0]} and {prototypes.shape[0]}"
-    return None
-
-
 def _refuse_cosine_map(
     features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None
 ) -> str | None:
-    if features.dtype not in _DTYPES:
+    if features.dtype not in DTYPES:
         return f"wants float32, bfloat16 or float16, got {features.dtype}"
     if max(features[..., 0].numel(), prototypes.shape[0]) >= 1 << 31:
         return f"wants fewer than 2**31 patches and prototypes, got {features[..., 0].numel()}"
@@ -75,24 +45,21 @@ def _refuse_cosine_map(
 
 
 def _refuse_first(x: Tensor, *_: object) -> str | None:
-    return None if x.dtype in _DTYPES else f"wants float32, bfloat16 or float16, got {x.dtype}"
+    return None if x.dtype in DTYPES else f"wants float32, bfloat16 or float16, got {x.dtype}"
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Give the matrix with contiguous channels; its rows may be strided."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _matrix(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.shape[0], x.stride(0)
+def _refuse_dpm_stats(x: Tensor, means: Tensor, *others: Tensor | str) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {x.dtype}"
+    return None if means.shape[0] < 1 << 31 else f"wants fewer than 2**31 components, got {means.shape[0]}"
 
 
 try:
     from dinofast import _native
 except ImportError as error:
-    MISSING["cpu"] = _absent(error, "C++ compiler")
+    MISSING["cpu"] = absent(error, "C++ compiler")
 else:
-    _NATIVE_ELEMENTS = dict(zip(_DTYPES, (_native.FLOAT32, _native.BFLOAT16, _native.FLOAT16), strict=True))
+    _NATIVE_ELEMENTS = dict(zip(DTYPES, (_native.FLOAT32, _native.BFLOAT16, _native.FLOAT16), strict=True))
     _threads = torch.get_num_threads
 
     def _pin_threads() -> None:
@@ -104,10 +71,10 @@ else:
 
     def _cosine_max_cpu(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         similarity, index = cosine_max_results(features, prototypes)
-        features, prototypes = _dense(features), _dense(prototypes)
+        features, prototypes = dense(features), dense(prototypes)
         _native.cosine_max(
-            *_matrix(features),
-            *_matrix(prototypes),
+            *matrix(features),
+            *matrix(prototypes),
             features.shape[1],
             _NATIVE_ELEMENTS[features.dtype],
             similarity.data_ptr(),
@@ -116,10 +83,10 @@ else:
         )
         return similarity, index
 
-    provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, _refuse_cosine_max))
+    provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, refuse_cosine_max))
 
     def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
-        if queries.dtype not in _DTYPES:
+        if queries.dtype not in DTYPES:
             return f"wants float32, bfloat16 or float16, got {queries.dtype}"
         if k > _native.MAX_K:
             return f"wants k <= {_native.MAX_K}, got {k}"
@@ -127,10 +94,10 @@ else:
 
     def _knn_topk_cpu(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
         distance, index = knn_topk_results(queries, bank, k, metric)
-        queries, bank = _dense(queries), _dense(bank)
+        queries, bank = dense(queries), dense(bank)
         _native.knn_topk(
-            *_matrix(queries),
-            *_matrix(bank),
+            *matrix(queries),
+            *matrix(bank),
             queries.shape[1],
             _NATIVE_ELEMENTS[queries.dtype],
             False,
@@ -143,8 +110,6 @@ else:
         return distance, index
 
     provide("knn_topk", Kernel("cpu", ("cpu",), _knn_topk_cpu, _refuse_knn_topk))
-
-    INT8_COLUMNS = _native.INT8_COLUMNS
 
     def _refuse_knn_topk_bank(
         queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
@@ -159,10 +124,10 @@ else:
         distance, index, visited = knn_topk_bank_results(queries, packed, k, metric, probes)
         m, d = packed[0].shape
         if len(packed) == 1:
-            queries = _dense(queries).float()
+            queries = dense(queries).float()
             _native.knn_topk(
-                *_matrix(queries),
-                *_matrix(packed[0]),
+                *matrix(queries),
+                *matrix(packed[0]),
                 d,
                 _native.FLOAT32,
                 True,
@@ -173,9 +138,9 @@ else:
                 _threads(),
             )
             return distance, index, visited.fill_(m)
-        queries = _dense(queries)
+        queries = dense(queries)
         _native.knn_topk_bank(
-            *_matrix(queries),
+            *matrix(queries),
             d,
             _NATIVE_ELEMENTS[queries.dtype],
             _pointers(packed),
@@ -217,12 +182,12 @@ else:
     def _cosine_map_cpu(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None) -> Tensor:
         pixels = cosine_map_results(features, prototypes, size, mask)
         (_, h, w, d), (height, width) = features.shape, size
-        features, prototypes = _dense(features.reshape(-1, d)), _dense(prototypes)
+        features, prototypes = dense(features.reshape(-1, d)), dense(prototypes)
         mask = None if mask is None else mask.contiguous()
         rows, columns, _alive = _axes(h, w, height, width, 0.0, "bilinear", "reflect")
         _native.cosine_map(
-            *_matrix(features),
-            *_matrix(prototypes),
+            *matrix(features),
+            *matrix(prototypes),
             d,
             _NATIVE_ELEMENTS[features.dtype],
             0 if mask is None else mask.data_ptr(),
@@ -239,10 +204,10 @@ else:
         nearest, farthest = farthest_point_results(rows, min_distance, index)
         n, center = rows.shape[0], int(index)
         require(0 <= center < n, lambda: f"farthest_point: index {center} is outside [0, {n})")
-        rows, min_distance = _dense(rows), min_distance.contiguous()
+        rows, min_distance = dense(rows), min_distance.contiguous()
         farthest.fill_(
             _native.farthest_point(
-                *_matrix(rows),
+                *matrix(rows),
                 rows.shape[1],
                 _NATIVE_ELEMENTS[rows.dtype],
                 min_distance.data_ptr(),
@@ -257,10 +222,55 @@ else:
     provide("cosine_map", Kernel("cpu", ("cpu",), _cosine_map_cpu, _refuse_cosine_map))
     provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, _refuse_first))
 
+    def dpm_stats_native(
+        x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
+        """Give the results and how many pairs of row and component had their log-probability computed."""
+        log_likelihood, count, first, second = dpm_stats_results(
+            x, means, precisions, log_weights, covariance_type
+        )
+        constants = log_constants(means, precisions, log_weights, covariance_type)
+        x, means = dense(x), means.contiguous()
+        wide = second
+        if covariance_type == "spherical":
+            precisions, wide = precisions[:, None].expand(means.shape), torch.empty_like(first)
+        precisions = precisions.contiguous()
+        failed, evaluated = _native.dpm_stats(
+            *matrix(x),
+            x.shape[1],
+            _NATIVE_ELEMENTS[x.dtype],
+            means.data_ptr(),
+            precisions.data_ptr(),
+            constants.data_ptr(),
+            means.shape[0],
+            covariance_type == "full",
+            log_likelihood.data_ptr(),
+            count.data_ptr(),
+            first.data_ptr(),
+            wide.data_ptr(),
+            _threads(),
+        )
+        require_definite(failed)
+        if covariance_type == "spherical":
+            torch.sum(wide, 1, out=second)
+        return (log_likelihood, count, first, second), evaluated
+
+    def _dpm_stats_cpu(
+        x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return dpm_stats_native(x, means, precisions, log_weights, covariance_type)[0]
+
+    provide("dpm_stats", Kernel("cpu", ("cpu",), _dpm_stats_cpu, _refuse_dpm_stats))
+
 
 def has_int8() -> bool:
     """Tell whether the instruction set in use multiplies int8 faster than float32."""
     return "cpu" not in MISSING and _native.int8_isa() != "baseline"
+
+
+def int8_columns() -> int:
+    """Give the columns of a panel of int8 codes."""
+    return _native.INT8_COLUMNS
 
 
 def no_codes(d: int) -> str:
@@ -274,8 +284,8 @@ def unit_rows(rows: Tensor) -> Tensor:
     """Scale float32 rows (M, D) on the CPU to unit norm with the bits that `knn_topk` computes on the way."""
     if "cpu" in MISSING:
         return normalize_rows(rows)
-    out, rows = torch.empty(rows.shape), _dense(rows)
-    _native.unit_rows(*_matrix(rows), rows.shape[1], _native.FLOAT32, out.data_ptr(), _threads())
+    out, rows = torch.empty(rows.shape), dense(rows)
+    _native.unit_rows(*matrix(rows), rows.shape[1], _native.FLOAT32, out.data_ptr(), _threads())
     return out
 
 
@@ -306,64 +316,10 @@ def native_k_center(
     """
     if "cpu" in MISSING or not rows.is_cpu or forced_backend() not in (None, "cpu"):
         return None
-    rows = _dense(rows)
-    selection = _native.KCenter(*_matrix(rows), rows.shape[1], starts, mean, limit, _threads())
+    rows = dense(rows)
+    selection = _native.KCenter(*matrix(rows), rows.shape[1], starts, mean, limit, _threads())
 
     def select(index: Tensor, _alive: Tensor = rows) -> None:
         selection.select(index.shape[0], index.data_ptr(), _threads())
 
     return select
-
-
-try:
-    from dinofast import _cuda
-except ImportError as error:
-    MISSING["cuda"] = _absent(error, "nvcc")
-else:
-    _CUDA_ELEMENTS = dict(zip(_DTYPES, (_cuda.FLOAT32, _cuda.BFLOAT16, _cuda.FLOAT16), strict=True))
-
-    def _cosine_max_cuda(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-        similarity, index = cosine_max_results(features, prototypes)
-        features, prototypes = _dense(features), _dense(prototypes)
-        rows = features.shape[0] + prototypes.shape[0]
-        keys = torch.empty(features.shape[0], dtype=torch.int64, device=features.device)
-        scales = torch.empty((rows, 2), dtype=torch.float32, device=features.device)
-        with torch.cuda.device(features.device):
-            _cuda.cosine_max(
-                *_matrix(features),
-                *_matrix(prototypes),
-                features.shape[1],
-                _CUDA_ELEMENTS[features.dtype],
-                similarity.data_ptr(),
-                index.data_ptr(),
-                keys.data_ptr(),
-                scales.data_ptr(),
-                features.device.index,
-                torch.cuda.current_stream().cuda_stream,
-            )
-        return similarity, index
-
-    if _cuda.driver_problem():
-        MISSING["cuda"] = _cuda.driver_problem()
-    else:
-        provide("cosine_max", Kernel("cuda", ("cuda",), _cosine_max_cuda, _refuse_cosine_max))
-
-
-def _cosine_max_triton(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    from dinofast.kernels.cosine_max import cosine_max  # loads Triton, which takes 0.2 s, at the first call
-
-    similarity, index = cosine_max_results(features, prototypes)
-    with torch.cuda.device(features.device if features.is_cuda else -1):
-        cosine_max(_dense(features), _dense(prototypes), similarity, index)
-    return similarity, index
-
-
-if importlib.util.find_spec("triton") is None:
-    MISSING["triton"] = "triton is not installed; pip install 'dinofast[triton]'"
-elif importlib.util.find_spec("dinofast.kernels") is None:
-    MISSING["triton"] = "dinofast.kernels is not installed; run pip install -e ."
-elif torch.version.cuda is None and not _INTERPRETED:
-    MISSING["triton"] = "this torch has no CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
-else:
-    _DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-    provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max_triton, _refuse_cosine_max))

@@ -1,0 +1,89 @@
+// Which components of a Gaussian mixture a patch can belong to, and how likely: the E step over a few
+// patches.
+//
+// A screen bounds every log-probability from above by sums over some channels that can only grow: of
+// (y − μ)² λ for diagonal covariance, of the squares of Lᵀ(y − μ), L Lᵀ = Λ, for full covariance, where the
+// trailing coordinates need only the trailing channels. It stops when few pairs of patch and component are
+// left; those are evaluated in float64.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "memory.h"
+#include "mixture_tile.h"
+
+namespace dinofast {
+
+// The number of this thread in its team.
+inline int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+struct Mixture {
+    int64_t components, d;
+    bool full;
+    const float* means;       // (K, D)
+    const float* precisions;  // (K, D); (K, D, D) if full, of which the lower triangle is read
+    const double* constants;  // (K,): ln w − ½ D ln 2π, and for diagonal covariance + ½ ln |Λ|
+};
+
+// A pair of patch and component whose log-probability is known.
+struct Pair {
+    double value;
+    int32_t patch, component;
+};
+
+class Screen {
+  public:
+    // Patches that `assign` takes at most. Full covariance takes more, to reuse the matrices it reads.
+    static int64_t patches(bool full) { return full ? 256 : 64; }
+
+    // Prepares the mixture. If a precision matrix is not positive definite, `failed()` names the component.
+    Screen(const MixtureTile& tile, const Mixture& mixture, int threads);
+    int64_t failed() const { return failed_; }
+
+    // Tells whether the parameters are finite; if not, every result must be NaN.
+    bool finite() const { return finite_; }
+
+    // Bytes of memory that one call of `assign` works in, a multiple of 64.
+    int64_t scratch() const;
+
+    // Writes for `count` patches y, `stride` floats apart, the log-likelihoods and the responsibilities:
+    // component k of patch i at weights[k / components * group + i * components + k % components], where
+    // `components` is the tile's. Responsibilities that are left out, as 0, sum to less than 2⁻³² a patch.
+    // A patch with NaN or inf has log-likelihood NaN and no responsibilities; `broken` is then set. Returns
+    // how many pairs had their log-probability computed to the end.
+    int64_t assign(const float* y, int64_t stride, int64_t count, float* log_likelihood, float* weights,
+                   int64_t group, bool* broken, char* scratch) const;
+
+  private:
+    struct Work;
+    Work place(char* scratch) const;
+    void pack_diagonal(int64_t k);
+    bool pack_full(int64_t k, double* factor);
+    void transpose(const Work& work, const float* y, int64_t stride, int64_t begin, int64_t end) const;
+    void add_step(const Work& work, int64_t step, bool exactly) const;
+    void choose(const Work& work, const float* y, int64_t stride, int64_t count) const;
+    int64_t survivors(const Work& work, float growth) const;
+    double evaluate(const Work& work, const float* y, int64_t k) const;
+    float floor_of(double best) const;
+    int64_t list(const Work& work, const float* y, int64_t stride, int64_t count, bool exact) const;
+
+    const MixtureTile& tile_;
+    const Mixture& mixture_;
+    int64_t depth_, steps_, first_, padded_, panel_;  // screened channels, steps, components, floats a panel
+    int64_t failed_ = -1;
+    bool finite_ = true;
+    float half_, accept_;
+    double drop_, largest_ = 0;
+    Array<float> panels_, upper_, slack_;
+    Array<double> constants_;
+};
+
+}  // namespace dinofast

@@ -1,0 +1,39 @@
+// What dpm_stats asks of an instruction set. Lanes are patches in the screen and channels in the sums.
+#pragma once
+
+#include <cstdint>
+
+namespace dinofast {
+
+constexpr int MAX_COMPONENTS = 12;  // no instruction set takes more at a time
+constexpr int MAX_LANES = 32;
+constexpr int RUN = 8;
+
+struct MixtureTile {
+    int components;  // that one call takes together, at most MAX_COMPONENTS
+    int lanes;       // patches or channels that one call takes together, at most MAX_LANES
+
+    // Diagonal screen: sums[r][lane] += Σ_i (y[i][lane] − μ[i][r])² λ[i][r] over `depth` channels i. A panel
+    // holds for every channel −μ of all components, then λ.
+    void (*spread)(const float* panel, const float* y, int64_t depth, float* sums);
+
+    // The same where it decides: sums + lost, in float32 but for runs of RUN channels, whose sums are added
+    // up with the rounding error kept in `lost`.
+    void (*spread_exactly)(const float* panel, const float* y, int64_t depth, float* sums, float* lost);
+
+    // Full screen, one component: sums[lane] += Σ_j (Σ_i (y[i][lane] − μ[i]) l[i][j])² over `depth` channels
+    // i and `components` columns j. A panel holds for every channel −μ, then the row of l.
+    void (*factored)(const float* panel, const float* y, int64_t depth, float* sums);
+
+    // sums[r][lane] = Σ_n weights[n][r] y[rows[n]][lane], of y² if `square`; n in order. Row i of y starts at
+    // y + i * stride.
+    void (*weigh)(const float* y, int64_t stride, const int32_t* rows, const float* weights, int64_t count,
+                  bool square, float* sums);
+
+    // Σ_i (x_i − μ_i)² λ_i and the products, all in float64.
+    double (*distance)(const float* x, const float* mean, const float* precision, int64_t d);
+    double (*dot)(const float* x, const double* y, int64_t d);
+    double (*dot_wide)(const double* x, const double* y, int64_t d);
+};
+
+}  // namespace dinofast

@@ -1,0 +1,46 @@
+"""What offers of several backends share: how this package was built, and how tensors become pointers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def build() -> str:
+    """Tell how this package was built: "python", "cpu", "cuda", or "not built" for a bare source tree."""
+    record = Path(__file__).parents[2] / "_build.json"
+    return str(json.loads(record.read_text())["build"]) if record.exists() else "not built"
+
+
+def absent(error: ImportError, tool: str) -> str:
+    """Say why a module is missing: the build did not make it, or it is there and cannot be loaded."""
+    made = build()
+    if made == "not built":
+        return "this source tree is not built; run pip install -e ."
+    if made == "cuda" or (made == "cpu" and tool != "nvcc"):
+        return str(error)
+    return f"built without it (no {tool} found, or DINOFAST_BUILD={made}); install {tool} and reinstall"
+
+
+def refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
+    """Give the reason why kernels of cosine_max cannot serve these arguments, or None."""
+    if features.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {features.dtype}"
+    if max(features.shape[0], prototypes.shape[0]) >= 1 << 31:
+        return f"wants fewer than 2**31 rows, got {features.shape[0]} and {prototypes.shape[0]}"
+    return None
+
+
+def dense(x: Tensor) -> Tensor:
+    """Give the matrix with contiguous channels; its rows may be strided."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def matrix(x: Tensor) -> tuple[int, int, int]:
+    """Give a dense matrix as native code takes it: pointer, rows, elements from row to row."""
+    return x.data_ptr(), x.shape[0], x.stride(0)

@@ -7,12 +7,32 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests without a GPU, unless DINOFAST_REQUIRE_CUDA=1 promises one: then they must fail."""
-    if torch.cuda.is_available() or os.environ.get("DINOFAST_REQUIRE_CUDA") == "1":
-        return
+    """Skip tests whose GPU or package index is not there, unless it was promised: then they must fail.
+
+    DINOFAST_REQUIRE_CUDA=1 and DINOFAST_REQUIRE_NETWORK=1 are the promises.
+    """
+    absent = {}
+    if not torch.cuda.is_available() and os.environ.get("DINOFAST_REQUIRE_CUDA") != "1":
+        absent["needs_cuda"] = "no GPU"
+    fetching = any("network" in item.keywords for item in items)
+    if fetching and os.environ.get("DINOFAST_REQUIRE_NETWORK") != "1" and not _index_answers():
+        absent["network"] = "the package index does not answer"
     for item in items:
-        if "needs_cuda" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no GPU"))
+        for marker, reason in absent.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _index_answers() -> bool:
+    """Ask the package index for one small page."""
+    from pypi_simple import PyPISimple
+
+    try:
+        with PyPISimple() as index:
+            index.get_project_page("pypi-simple", timeout=5)
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True)

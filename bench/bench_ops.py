@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import Gate, Group, Measure
+from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
-from bench.peers import OURS, contenders
+from bench.peers import contenders
 from bench.shapes import SHAPES
 from dinofast.ops import OPS
 from dinofast.ops.registry import choose
@@ -18,7 +18,7 @@ CASES = [
     pytest.param(op, shape, contender.name, id=f"{op}-{shape}-{contender.name}")
     for op, shapes in SHAPES.items()
     for shape in shapes
-    for contender in contenders(op)
+    for contender in contenders(op, shape)
 ]
 
 
@@ -31,17 +31,19 @@ def _prepare(op: str, shape: str, with_memory: bool) -> Group:
     args = SHAPES[op][shape]()
     gate, cost = Gate(OPS[op], args), OPS[op].cost(*args)
     calls, facts = {}, {}
-    for contender in contenders(op):
+    for contender in contenders(op, shape):
         name, call = contender.name, contender.prepare(*args)
+        ours = name.startswith(OURS)
         results = contender.read(call())
         known: dict[str, Any] = {
-            "backend": choose(OPS[op], args).backend if name == OURS else name,
+            "backend": choose(OPS[op], args).backend if ours else name,
             "device": str(args[0].device),
             "dtype": str(args[0].dtype).removeprefix("torch."),
             "sizes": [list(x.shape) for x in args if isinstance(x, torch.Tensor)],
             "bytes": cost.bytes,
             "flops": cost.flops,
-            "largest_error": gate.kernel(results) if name == OURS else gate.peer(results),
+            "largest_error": gate.kernel(results) if ours else gate.peer(results),
+            **contender.tell(call),
         }
         if with_memory:
             known["peak_extra_bytes"] = peak_extra(op, shape, name)

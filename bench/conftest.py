@@ -15,13 +15,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from threadpoolctl import ThreadpoolController
 
-from bench.measure import CPUS, Ceiling, Group, Measure, measure_ceiling
-from bench.peers import OURS
+from bench.measure import CPUS, OURS, Ceiling, Group, Measure, measure_ceiling
 from bench.summary import lines
 from dinofast.ops import providers
 
 THREADS = int(os.environ.get("DINOFAST_BENCH_THREADS", 0)) or len(CPUS) or os.cpu_count() or 1
-PACKAGES = ("dinofast", "torch", "numpy", "faiss-cpu", "scipy", "opencv-python-headless")
+PACKAGES = ("dinofast", "torch", "numpy", "faiss-cpu", "scipy", "opencv-python-headless", "scikit-learn")
 VERSIONS = {p.name: p.version for p in importlib.metadata.distributions() if p.name in PACKAGES}
 GROUPS = pytest.StashKey[dict[str, Group]]()
 CEILING = pytest.StashKey[Ceiling]()
@@ -30,6 +29,7 @@ TICKS: deque[float] = deque()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--memory", action="store_true", help="also measure each contender's peak extra memory")
+    parser.addoption("--slow", action="store_true", help="also run what takes a minute a size")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +44,8 @@ def interleaved_clock() -> float:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.benchmark(timer=interleaved_clock))
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +94,9 @@ def _facts(group: Group, contender: str) -> dict[str, Any]:
         facts["stages_ms"] = {stage: 1e3 * seconds for stage, seconds in timing.stages.items()}
     if "flops" in facts:
         facts["gops"] = facts["flops"] / timing.median / 1e9
-    if contender == OURS and len(group.timings) > 1:
-        facts["fastest_peer"], facts["ratio_to_fastest_peer"] = group.ratio(OURS)
+    if contender.startswith(OURS) and (ratios := group.ratios(contender)):
+        facts["ratio_to_peers"] = ratios
+        facts["fastest_peer"], facts["ratio_to_fastest_peer"] = next(iter(ratios.items()))
     return facts
 
 
@@ -133,12 +136,15 @@ def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Add the share of the ceiling, which is known when the run is over."""
+    """Add the shares of the ceiling, which is known when the run is over."""
+    ceiling = config.stash[CEILING]
     for entry in output_json["benchmarks"]:
         facts = entry["extra_info"]
         if "flops" in facts:
-            share = config.stash[CEILING].share(facts["flops"], facts["bytes"], entry["stats"]["median"])
-            facts["share_of_ceiling"] = share
+            seconds = entry["stats"]["median"]
+            facts["share_of_ceiling"] = ceiling.share(facts["flops"], facts["bytes"], seconds)
+            if ceiling.int8 and facts.get("strategy") in ("lowp", "pruned"):
+                facts["share_of_int8_ceiling"] = facts["flops"] / seconds / ceiling.int8
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinofast.ops import providers
 from dinofast.ops.registry import Op
 from dinofast.testing import as_tuple, assert_results, cast_inputs
 
 SAMPLE_SECONDS = 0.2
 """A sample repeats its call for this long: the kernel counts CPU time in steps of 10 ms."""
 
-ROUNDS = (5, 11)
+ROUNDS = (3, 11)
 """A group is sampled at least and at most this often."""
 
-BUDGET_SECONDS = 9.0
+BUDGET_SECONDS = 7.0
 """Rounds beyond the least stop when a group has taken this long."""
 
 PATIENCE_SECONDS = 8.0
@@ -31,6 +32,9 @@ PATIENCE_SECONDS = 8.0
 
 QUIET = 0.07
 """Largest share of our cores that others may take during a sample: twice what counting in steps can err."""
+
+OURS = "dinofast"
+"""What the name of every contender of our own begins with: the others are its peers."""
 
 PEER_TOLERANCE = 1e-4
 """What a peer may err, relative to 1 + |truth|; kernels of our own are held to `dinofast.testing`."""
@@ -150,11 +154,11 @@ class Group:
         self.calls.clear()
         self.stages.clear()
 
-    def ratio(self, contender: str) -> tuple[str, float]:
-        """Give the fastest of the others and the contender's time over its time: below 1 is faster."""
-        others = {name: timing.median for name, timing in self.timings.items() if name != contender}
-        fastest = min(others, key=others.__getitem__)
-        return fastest, self.timings[contender].median / others[fastest]
+    def ratios(self, contender: str) -> dict[str, float]:
+        """Give the contender's time over that of each peer, the fastest peer first: below 1 is faster."""
+        peers = {name: timing.median for name, timing in self.timings.items() if not name.startswith(OURS)}
+        mine = self.timings[contender].median
+        return {name: mine / peers[name] for name in sorted(peers, key=peers.__getitem__)}
 
 
 Measure = Callable[[str, str, Callable[[], Group]], None]
@@ -234,14 +238,21 @@ def _busy() -> float:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What this machine reached in this run: float32 operations a second, bytes read and written a second."""
+    """What this machine reached in this run.
+
+    Attributes:
+        flops: float32 operations a second.
+        bytes: read and written, a second.
+        int8: operations a second of torch's int8 product; 0 without int8 instructions.
+    """
 
     flops: float
     bytes: float
+    int8: float = 0.0
 
     def or_better(self, other: Ceiling) -> Ceiling:
         """Give the best of two measurements: load on the machine can only lower them."""
-        return Ceiling(max(self.flops, other.flops), max(self.bytes, other.bytes))
+        return Ceiling(max(self.flops, other.flops), max(self.bytes, other.bytes), max(self.int8, other.int8))
 
     def share(self, flops: int, bytes: int, seconds: float) -> float:
         """Tell how near a call comes to the time in which products or memory alone would be done."""
@@ -249,13 +260,17 @@ class Ceiling:
 
 
 def measure_ceiling(rounds: int = 3) -> Ceiling:
-    """Measure the best of torch's and numpy's large float32 product, and of a copy of 256 MiB."""
+    """Measure the better of torch's and numpy's float32 product, a copy of 256 MiB, torch's int8 product."""
     side, size = 2048, 1 << 28
     a, b = torch.rand(2, side, side).unbind()
     source = torch.zeros(size, dtype=torch.uint8)
     target = torch.zeros_like(source)
     x, y = a.numpy(), b.numpy()
+    codes = torch.randint(-127, 128, (side, side), dtype=torch.int8)
     works: list[Call] = [lambda: a @ b, lambda: np.dot(x, y), lambda: target.copy_(source)]
+    if providers.has_int8():
+        works.append(lambda: torch._int_mm(codes, codes))
     taken = [[take(work, 1).seconds for work in works] for _ in range(rounds)]
-    by_torch, by_numpy, copy = np.min(taken, axis=0).tolist()
-    return Ceiling(2 * side**3 / min(by_torch, by_numpy), 2 * size / copy)
+    by_torch, by_numpy, copy, *by_int8 = np.min(taken, axis=0).tolist()
+    work = 2 * side**3
+    return Ceiling(work / min(by_torch, by_numpy), 2 * size / copy, work / by_int8[0] if by_int8 else 0.0)

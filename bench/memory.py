@@ -31,7 +31,7 @@ def _resident(field: str) -> int:
 
 def _main(op: str, shape: str, contender: str) -> int:
     args = SHAPES[op][shape]()
-    call = next(c for c in contenders(op) if c.name == contender).prepare(*args)
+    call = next(c for c in contenders(op, shape) if c.name == contender).prepare(*args)
     if not Path("/proc/self/clear_refs").exists():
         return -1
     ctypes.CDLL(None).malloc_trim(0)  # freed memory of the preparation must not hide what the call takes

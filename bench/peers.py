@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import Call
+from bench.measure import OURS, Call
+from dinofast.ops import OPS, Bank, knn_topk
+from dinofast.ops.dpm_stats import pairs_evaluated
+from dinofast.ops.registry import choose
 from dinofast.testing import as_tuple
 
 
@@ -30,25 +33,45 @@ class Contender:
         prepare: takes the operator's arguments, gives the call that is timed.
         read: turns what the call returns into the operator's first results, for the gate; not timed.
         needs: package without which it is left out.
+        only: what the name of the size must hold, else it is left out.
+        tell: takes a call that has run, gives what else is known of it, in JSON types.
     """
 
     name: str
     prepare: Callable[..., Call]
     read: Callable[[Any], tuple[Tensor, ...]] = as_tuple
     needs: str = "torch"
+    only: str = ""
+    tell: Callable[[Any], dict[str, Any]] = lambda _: {}
 
 
-OURS = "dinofast"
-
-
-def contenders(op: str) -> list[Contender]:
-    """Give dinofast and the peers of an operator that are installed, in the order of the table."""
+def contenders(op: str, size: str = "") -> list[Contender]:
+    """Give dinofast and the peers of an operator at a size that are installed, in the order of the table."""
 
     def prepare(*args: Any) -> Call:
         return partial(getattr(torch.ops.dinofast, op).default, *args)
 
-    found = [peer for peer in PEERS[op] if importlib.util.find_spec(peer.needs)]
-    return [Contender(OURS, prepare), *found]
+    tell = _pairs if op == "dpm_stats" else Contender.tell
+    found = [peer for peer in PEERS[op] if peer.only in size and importlib.util.find_spec(peer.needs)]
+    return [Contender(OURS, prepare, tell=tell), *found]
+
+
+def _pairs(call: Any) -> dict[str, Any]:
+    native = choose(OPS["dpm_stats"], call.args).backend == "cpu"
+    return {"pairs_evaluated": pairs_evaluated(*call.args)} if native else {}
+
+
+def _bank(strategy: str) -> Callable[..., Call]:
+    def prepare(queries: Tensor, bank: Tensor, k: int, metric: str) -> Call:
+        return partial(knn_topk, queries, Bank(bank, metric, strategy), k, metric)
+
+    return prepare
+
+
+def _bank_facts(call: Any) -> dict[str, Any]:
+    bank = call.args[1]
+    names = ("strategy", "reason", "visited_share", "build_seconds", "nbytes")
+    return {name: getattr(bank, name) for name in names}
 
 
 def _torch_max(features: Tensor, prototypes: Tensor) -> Call:
@@ -79,6 +102,61 @@ def _faiss(kind: str) -> Callable[..., Call]:
 
 def _torch_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> Call:
     return lambda: (queries @ bank.T).topk(k, dim=1)
+
+
+def _anomalib(queries: Tensor, bank: Tensor, k: int, metric: str) -> Call:
+    """Take the formula of anomalib's AnomalyDINO; its rows have norm 1 already."""
+    return lambda: (1 - queries @ bank.T).clamp(0, 2).min(dim=1)
+
+
+def _torch_opencv(features: Tensor, prototypes: Tensor, size: list[int], mask: None) -> Call:
+    import cv2
+
+    (images, h, w, d), (height, width) = features.shape, size
+
+    def call() -> Any:
+        rows = torch.nn.functional.normalize(features.view(-1, d))
+        distance = (1 - (rows @ prototypes.T).max(dim=1).values).view(images, h, w).numpy()
+        return [cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR) for image in distance]
+
+    return call
+
+
+def _torch_full(
+    x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
+) -> Call:
+    """Take an E and an M step with one product a component each."""
+
+    def call() -> Any:
+        factor = torch.linalg.cholesky(precisions)
+        constant = log_weights + factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        form = torch.stack([((x - m) @ f).square().sum(1) for m, f in zip(means, factor, strict=True)], 1)
+        log_joint = constant - 0.5 * (form + x.shape[1] * math.log(2 * math.pi))
+        r = log_joint.softmax(dim=1)
+        second = torch.stack([(x * weight[:, None]).T @ x for weight in r.T])
+        return log_joint.logsumexp(dim=1), r.sum(0), r.T @ x, second
+
+    return call
+
+
+def _sklearn(x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str) -> Call:
+    """Take one iteration of its variational mixture, sure of its parameters: then it has these densities."""
+    from sklearn.mixture import BayesianGaussianMixture
+
+    rows, weights, sure = x.numpy(), log_weights.exp().numpy(), np.float32(1e12)
+    rest = np.append(weights[::-1].cumsum()[-2::-1], np.float32(1e-6))
+    model = BayesianGaussianMixture(n_components=len(weights), covariance_type=covariance_type)
+    model._check_parameters(rows)
+
+    def call() -> Any:
+        model.means_, model.precisions_cholesky_ = means.numpy(), precisions.sqrt().numpy()
+        model.weight_concentration_ = (sure * weights, sure * rest)
+        model.degrees_of_freedom_ = model.mean_precision_ = np.full(len(weights), sure)
+        log_likelihood, log_r = model._estimate_log_prob_resp(rows)
+        model._m_step(rows, log_r)
+        return log_likelihood, model.weight_concentration_[0] - 1
+
+    return call
 
 
 def _torch_products(
@@ -127,6 +205,11 @@ def _images(raw: Any) -> tuple[Tensor, ...]:
     return (torch.stack([torch.as_tensor(image) for image in raw]),)
 
 
+def _tensors(raw: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(array) for array in raw)
+
+
+_LARGE = "1024x100000_"
 PEERS: dict[str, list[Contender]] = {
     "cosine_max": [
         Contender("torch", _torch_max, _first),
@@ -134,11 +217,26 @@ PEERS: dict[str, list[Contender]] = {
         Contender("faiss-ip", _faiss("IndexFlatIP"), _first, "faiss"),
         Contender("faiss-l2", _faiss("IndexFlatL2"), lambda raw: (1 - _first(raw)[0] / 2,), "faiss"),
     ],
+    "cosine_map": [Contender("torch+opencv", _torch_opencv, _images, "cv2")],
     "knn_topk": [
-        Contender("torch", _torch_topk, lambda raw: (1 - raw[0],)),
-        Contender("faiss-ip", _faiss("IndexFlatIP"), lambda raw: (1 - torch.as_tensor(raw[0]),), "faiss"),
+        *(
+            Contender(f"{OURS}-{strategy}", _bank(strategy), only=_LARGE, tell=_bank_facts)
+            for strategy in ("float32", "lowp", "pruned", "auto")
+        ),
+        Contender("torch", _torch_topk, lambda raw: (1 - raw[0],), only="_k3"),
+        Contender(
+            "faiss-ip", _faiss("IndexFlatIP"), lambda raw: (1 - torch.as_tensor(raw[0]),), "faiss", "_k3"
+        ),
+        Contender(
+            "faiss-l2", _faiss("IndexFlatL2"), lambda raw: (torch.as_tensor(raw[0]) / 2,), "faiss", _LARGE
+        ),
+        Contender("anomalib", _anomalib, lambda raw: (raw.values[:, None],), only=_LARGE),
     ],
-    "dpm_stats": [Contender("torch", _torch_products, tuple)],
+    "dpm_stats": [
+        Contender("torch", _torch_products, tuple, only="_diag"),
+        Contender("torch", _torch_full, tuple, only="_full"),
+        Contender("scikit-learn", _sklearn, _tensors, "sklearn", "500_diag"),
+    ],
     "upsample_blur": [
         Contender("torch+scipy", _torch_scipy, _images, "scipy"),
         Contender("opencv", _opencv, _images, "cv2"),

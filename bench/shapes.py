@@ -18,6 +18,15 @@ def unit_rows(rows: int, seed: int, d: int = D) -> Tensor:
     return torch.nn.functional.normalize(drawn)
 
 
+def clustered_rows(rows: int, clusters: int, seed: int, noise: float = 0.5, d: int = D) -> Tensor:
+    """Draw (rows, d) float32 rows of norm 1 around centers that depend on their number alone."""
+    centers = torch.randn(clusters, d, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1 + seed)
+    owner = torch.randint(clusters, (rows,), generator=generator)
+    drawn = torch.randn(rows, d, generator=generator).mul_(noise).add_(centers[owner])
+    return torch.nn.functional.normalize(drawn)
+
+
 def _features_and_rows(n: int, k: int) -> tuple[Tensor, Tensor]:
     return unit_rows(n, 0), unit_rows(k, 1)
 
@@ -32,6 +41,35 @@ def _mixture(n: int, k: int) -> tuple[Any, ...]:
     return means[owner] + noise, means, D / spread, weights, "diag"
 
 
+def _clusters(n: int, k: int, covariance_type: str) -> tuple[Any, ...]:
+    """Give unit rows in clusters, as features are, and the mixture that EM finds in them.
+
+    The noise of a cluster has half its power in 32 directions, and uneven channels. A cluster has about 25
+    rows here, so its variance is drawn to that of all, as it would be by itself with hundreds of rows.
+    """
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    owner = torch.randint(k, (n,), generator=generator)
+    noise = (draw(n, D) + draw(n, 32) @ draw(32, D) / 32**0.5) * (0.5 * draw(D)).exp()
+    x = unit_rows(k, 1)[owner] + 0.8 * noise / noise.norm(dim=1).mean()
+    x = torch.nn.functional.normalize(x)
+    count = torch.bincount(owner, minlength=k) + 1e-3
+    means = torch.zeros(k, D).index_add_(0, owner, x) / count[:, None]
+    centered = x - means[owner]
+    if covariance_type == "diag":
+        own = torch.zeros(k, D).index_add_(0, owner, centered.square()) / count[:, None]
+        precisions = 1 / (0.7 * own + 0.3 * own.mean(0) + 1e-6)
+    else:
+        shared = 0.3 * centered.T @ centered / n + 1e-3 * torch.eye(D)
+        parts = [centered[owner == i] for i in range(k)]
+        own = torch.stack([shared + 0.7 * part.T @ part / max(1, len(part)) for part in parts])
+        precisions = torch.cholesky_inverse(torch.linalg.cholesky(own.double())).float()
+    return x, means, precisions, (count / count.sum()).log(), covariance_type
+
+
 def _patch_maps(images: int) -> tuple[Any, ...]:
     map = torch.rand(images, 32, 32, generator=torch.Generator().manual_seed(3))
     return map, [448, 448], 4.0, "bilinear", "reflect"
@@ -43,8 +81,29 @@ SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
         "batch_12288x150": lambda: _features_and_rows(12_288, 150),
         "bank_1024x100000": lambda: _features_and_rows(1024, 100_000),
     },
-    "knn_topk": {"bank_1024x10000_k3": lambda: (*_features_and_rows(1024, 10_000), 3, "cosine")},
-    "dpm_stats": {"image_1024x150_diag": lambda: _mixture(1024, 150)},
+    "cosine_map": {
+        "image_32_to_448": lambda: (
+            unit_rows(1024, 0).view(1, 32, 32, D),
+            unit_rows(150, 1),
+            [448, 448],
+            None,
+        ),
+    },
+    "knn_topk": {
+        "bank_1024x10000_k3": lambda: (*_features_and_rows(1024, 10_000), 3, "cosine"),
+        "bank_1024x100000_random": lambda: (*_features_and_rows(1024, 100_000), 1, "cosine"),
+        "bank_1024x100000_clustered": lambda: (
+            clustered_rows(1024, 400, 0),
+            clustered_rows(100_000, 400, 1),
+            1,
+            "cosine",
+        ),
+    },
+    "dpm_stats": {
+        "image_1024x150_diag": lambda: _mixture(1024, 150),
+        "batch_12288x500_diag": lambda: _clusters(12_288, 500, "diag"),
+        "part_1024x64_full": lambda: _clusters(1024, 64, "full"),
+    },
     "upsample_blur": {"image_32_to_448": lambda: _patch_maps(1)},
 }
 """Operator -> name of a size -> what makes the operator's arguments, the same at every call."""

@@ -34,7 +34,7 @@ def test_gate_passes_the_kernel_and_the_peers(bench):
     gate = gate_of(bench, "cosine_max", args)
     for contender in bench.peers.contenders("cosine_max"):
         results = contender.read(contender.prepare(*args)())
-        judge = gate.kernel if contender.name == bench.peers.OURS else gate.peer
+        judge = gate.kernel if contender.name == bench.measure.OURS else gate.peer
         assert judge(results) < 1e-6
 
 
@@ -68,7 +68,7 @@ def test_rows_have_norm_one_and_every_size_makes_what_its_operator_takes(bench):
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(300))
     for op, sizes in bench.shapes.SHAPES.items():
         for name, make in sizes.items():
-            if name == "bank_1024x100000":
+            if name.startswith("bank_1024x100000"):
                 continue
             args = make()
             assert all(bool(x.isfinite().all()) for x in args if isinstance(x, torch.Tensor)), (op, name)

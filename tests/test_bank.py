@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import Bank, knn_topk, providers
 from dinofast.ops.bank import _group, _pack, knn_bank
@@ -183,7 +184,7 @@ def test_save_and_load_keep_every_number(tmp_path, strategy):
     bank = Bank(clustered(700, 21), "cosine", strategy)
     bank.save(tmp_path / "bank.safetensors")
     loaded = Bank.load(tmp_path / "bank.safetensors")
-    for name in ("metric", "strategy", "reason", "recall", "build_seconds", "nbytes"):
+    for name in ("metric", "strategy", "reason", "recall", "nbytes"):
         assert getattr(loaded, name) == getattr(bank, name)
     assert all(torch.equal(a, b) for a, b in zip(loaded.packed, bank.packed, strict=True))
     queries = torch.randn(7, 21)
@@ -193,14 +194,56 @@ def test_save_and_load_keep_every_number(tmp_path, strategy):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
 
 
-def test_a_foreign_file_is_refused(tmp_path):
-    from dinofast import artifact
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({"rows": torch.tensor([[10**9, 0]])}, {}, "must be a floating-point matrix, got torch.int64"),
+        ({"rows": torch.eye(2).double()}, {}, "rows must be float32, got torch.float64"),
+        ({"rows": torch.ones(2)}, {}, r"must be a floating-point matrix, got torch.float32 \(2,\)"),
+        ({"rows": torch.ones(0, 2)}, {}, "no rows or no channels"),
+        ({"rows": torch.tensor([[1, 0], [math.nan, 1]])}, {}, "row 1 holds NaN or inf"),
+        ({"rows": torch.tensor([[1.0, 0], [0, 0], [0, 2]])}, {}, "row 2 has norm 2, not 1"),
+        ({"rows": torch.eye(2), "row": torch.tensor([10**9])}, {}, r"holds \['row', 'rows'\]"),
+        ({"x": torch.eye(2)}, {}, r"holds \['x'\]"),
+        ({}, {"metric": "l2"}, "unknown metric 'l2'"),
+        ({}, {"metric": ["cosine"]}, "unknown metric"),
+        ({}, {"strategy": 3}, "unknown strategy 3"),
+        ({}, {"seed": "0"}, "seed must be an integer of 64 bits, got '0'"),
+        ({}, {"seed": 1 << 64}, "seed must be"),
+        ({}, {"seed": None}, "seed must be"),
+        ({}, {"recall": 1}, "'recall'"),
+    ],
+)
+def test_a_tampered_file_is_refused(tmp_path, tensors, config, message):
+    path = tmp_path / "bank"
+    config = {"metric": "cosine", "strategy": "pruned", "seed": 0, **config}
+    artifact.write(path, "bank", tensors or {"rows": torch.eye(2)}, config)
+    with pytest.raises(ArtifactError, match=rf"bank: .*{message}.*; save the bank again") as caught:
+        Bank.load(path)
+    assert str(caught.value).startswith(str(path))
 
-    artifact.write(tmp_path / "model", "model", {"rows": torch.ones(2, 2)}, {})
-    artifact.write(tmp_path / "odd", "bank", {"rows": torch.ones(2, 2), "x": torch.ones(1)}, {})
-    for name in ("model", "odd"):
-        with pytest.raises(ArtifactError, match=name):
-            Bank.load(tmp_path / name)
+
+@pytest.mark.parametrize("missing", ["metric", "strategy", "seed"])
+def test_a_missing_field_is_refused(tmp_path, missing):
+    config = {"metric": "cosine", "strategy": "pruned", "seed": 0}
+    del config[missing]
+    artifact.write(tmp_path / "bank", "bank", {"rows": torch.eye(2)}, config)
+    with pytest.raises(ArtifactError, match="save the bank again"):
+        Bank.load(tmp_path / "bank")
+
+
+def test_torn_and_foreign_files_are_refused(tmp_path):
+    Bank(torch.randn(300, 8), strategy="pruned").save(tmp_path / "bank")
+    whole = (tmp_path / "bank").read_bytes()
+    for size in (0, 4, 40, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "torn").write_bytes(whole[:size])
+        with pytest.raises(ArtifactError, match="torn"):
+            Bank.load(tmp_path / "torn")
+    artifact.write(tmp_path / "model", "model", {"rows": torch.eye(2)}, {})
+    with pytest.raises(ArtifactError, match="holds a model, not a bank"):
+        Bank.load(tmp_path / "model")
+    with pytest.raises(InputError, match="no such file"):
+        Bank.load(tmp_path / "none")
 
 
 def test_halves_and_broken_queries():
@@ -225,6 +268,7 @@ def test_halves_and_broken_queries():
         (lambda: Bank(torch.ones(3, 0)), "no rows or no channels"),
         (lambda: Bank(torch.ones(3, 2), "l2"), "unknown metric 'l2'"),
         (lambda: Bank(torch.ones(3, 2), strategy="fast"), "unknown strategy 'fast'"),
+        (lambda: Bank(torch.ones(3, 2), seed=0.5), "seed must be an integer of 64 bits, got 0.5"),
         (lambda: Bank(torch.tensor([[1.0, 2.0], [1.0, math.nan], [math.inf, 0]])), "row 1 holds NaN or inf"),
         (lambda: Bank(torch.full((9, 2), 1e300, dtype=torch.float64)), "row 0 holds NaN or inf"),
         (lambda: Bank(torch.ones(3, 2)).add(torch.ones(1, 3)), "D = 2 on cpu, the rows D = 3"),

@@ -14,7 +14,7 @@ from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
 from dinofast.ops.knn_topk import METRICS, knn_rows
-from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.knn_topk_bank import UNGROUPED
 from dinofast.ops.rows import BLOCK, normalize_rows
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Bank:
         recall: of "approximate": the share of 192 rows of the bank whose nearest other row is found; else 1.
 
     Raises:
-        InputError: rows are no matrix, not floating point, none, hold NaN or inf; unknown metric or strategy.
+        InputError: rows are no matrix, not floating point, none, hold NaN or inf; unknown metric or strategy;
+            the seed is no integer of 64 bits.
 
     >>> from dinofast.ops import knn_topk
     >>> bank = Bank(torch.eye(3))
@@ -78,13 +79,9 @@ class Bank:
         strategy: str = "auto",
         seed: int = 0,
     ) -> None:
-        if metric not in METRICS:
-            raise InputError(f"Bank: unknown metric {metric!r}; one of {', '.join(METRICS)}")
-        if strategy not in STRATEGIES:
-            raise InputError(f"Bank: unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
-        self.metric, self._wanted, self._seed = metric, strategy, seed
-        self.mapped = not isinstance(rows, Tensor)
         start = time.perf_counter()
+        self._configure(metric, strategy, seed)
+        self.mapped = not isinstance(rows, Tensor)
         if isinstance(rows, Tensor):
             self._build(_prepare(rows, metric), start)
             return
@@ -93,6 +90,15 @@ class Bank:
             raise InputError(f"Bank: a memory-mapped bank is searched by 'float32', not {strategy!r}")
         _check_finite(tensor)
         self._use([tensor], "float32", "the rows are memory-mapped", start)
+
+    def _configure(self, metric: str, strategy: str, seed: int) -> None:
+        if metric not in METRICS:
+            raise InputError(f"Bank: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+        if strategy not in STRATEGIES:
+            raise InputError(f"Bank: unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
+        if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
+            raise InputError(f"Bank: seed must be an integer of 64 bits, got {seed!r}")
+        self.metric, self._wanted, self._seed = metric, strategy, seed
 
     def __len__(self) -> int:
         return self.packed[0].shape[0]
@@ -160,46 +166,37 @@ class Bank:
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank, prepared forms included, to one file.
+        """Write the rows, the metric, the strategy asked for and the seed to one file.
 
         Raises:
             InputError: the file cannot be written; the bank is memory-mapped, a file already.
         """
         self._refuse_mapped("save")
-        names = FORMS[: len(self.packed)]
-        config = {
-            name: getattr(self, name) for name in ("metric", "strategy", "reason", "recall", "build_seconds")
-        }
-        config |= {"wanted": self._wanted, "seed": self._seed}
-        artifact.write(path, "bank", dict(zip(names, self.packed, strict=True)), config)
+        config = {"metric": self.metric, "strategy": self._wanted, "seed": self._seed}
+        artifact.write(path, "bank", {"rows": self.rows}, config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote and prepare it for this machine; on the machine that saved: the same bank.
+
+        Prepared forms never come from a file, since native code reads by the row numbers in them.
 
         Raises:
             InputError: there is no such file, or it cannot be opened.
             ArtifactError: the file is torn or holds something else.
         """
+        start = time.perf_counter()
         tensors, config = artifact.read(path, "bank")
-        names = FORMS[: len(tensors)]
-        if (
-            len(tensors) not in (1, UNGROUPED, len(FORMS))
-            or set(tensors) != set(names)
-            or tensors["rows"].dim() != 2
-            or config.get("metric") not in METRICS
-        ):
-            raise ArtifactError(f"{path}: not a bank's tensors: {', '.join(sorted(tensors))}; save it again.")
         bank = cls.__new__(cls)
-        bank.metric, bank._wanted, bank._seed, bank.mapped = (
-            config["metric"], config["wanted"], config["seed"], False,
-        )  # fmt: skip
-        bank._use(
-            [tensors[name] for name in names], config["strategy"], config["reason"], time.perf_counter()
-        )
-        bank.build_seconds, bank.recall = config["build_seconds"], config["recall"]
-        if len(bank.packed) > 1 and (reason := _no_codes(bank.rows)):
-            bank._use(bank.packed[:1], "float32", reason, time.perf_counter())
+        try:
+            if set(tensors) != {"rows"} or set(config) != {"metric", "strategy", "seed"}:
+                raise InputError(f"Bank: holds {sorted(tensors)} with {sorted(config)}")
+            bank._configure(**config)
+            _check_prepared(tensors["rows"], bank.metric)
+        except InputError as error:
+            raise ArtifactError(f"{path}: not what a bank saves ({error}); save the bank again.") from error
+        bank.mapped = False
+        bank._build(tensors["rows"], start)
         return bank
 
     def _refuse_mapped(self, what: str) -> None:
@@ -283,17 +280,34 @@ def _no_codes(rows: Tensor) -> str:
     return providers.no_codes(rows.shape[1])
 
 
-def _prepare(rows: Tensor, metric: str) -> Tensor:
-    """Copy rows to contiguous float32, of unit norm for cosine; refuse what is no bank."""
+def _check_rows(rows: Tensor) -> None:
     if rows.dim() != 2 or not rows.is_floating_point():
         raise InputError(f"Bank: rows must be a floating-point matrix, got {rows.dtype} {tuple(rows.shape)}")
     if rows.shape[0] == 0 or rows.shape[1] == 0:
         raise InputError(f"Bank: no rows or no channels, got {tuple(rows.shape)}")
+
+
+def _prepare(rows: Tensor, metric: str) -> Tensor:
+    """Copy rows to contiguous float32, of unit norm for cosine; refuse what is no bank."""
+    _check_rows(rows)
     rows = rows.detach().to(torch.float32)
     _check_finite(rows)
     if metric != "cosine":
         return rows.clone(memory_format=torch.contiguous_format)
     return providers.unit_rows(rows) if rows.device.type == "cpu" else normalize_rows(rows)
+
+
+def _check_prepared(rows: Tensor, metric: str) -> None:
+    """Refuse what `_prepare` cannot have given."""
+    _check_rows(rows)
+    if rows.dtype != torch.float32:
+        raise InputError(f"Bank: rows must be float32, got {rows.dtype}")
+    _check_finite(rows)
+    for start, block in _blocks(rows) if metric == "cosine" else ():
+        norm = block.double().norm(dim=1)
+        wrong = ((norm != 0) & ((norm - 1).abs() > 1e-5)).nonzero()
+        if len(wrong):
+            raise InputError(f"Bank: row {start + int(wrong[0])} has norm {norm[wrong[0]].item():.6g}, not 1")
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

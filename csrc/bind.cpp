@@ -76,8 +76,8 @@ PYBIND11_MODULE(_native, m) {
             cosine_max(tile, left, right, reinterpret_cast<float*>(similarity),
                        reinterpret_cast<int64_t*>(index), threads);
         },
-        "Fill similarity (N,) float32 and index (N,) int64; rows may be strided, channels must be "
-        "contiguous.");
+        "Fill similarity (N,) float32 and index (N,) int64. "
+        "Rows may be strided, the channels of a row are contiguous.");
     m.attr("MAX_K") = static_cast<int>(Candidates::MAX_K);
     m.def(
         "knn_topk",
@@ -92,9 +92,8 @@ PYBIND11_MODULE(_native, m) {
             knn_topk(tile, left, {right, prepared}, k, static_cast<Metric>(metric),
                      reinterpret_cast<float*>(distance), reinterpret_cast<int64_t*>(index), threads);
         },
-        "Fill distance (Q, k) float32 and index (Q, k) int64; k <= MAX_K. `prepared` tells that the bank's "
-        "rows "
-        "are what unit_rows gives.");
+        "Fill distance (Q, k) float32 and index (Q, k) int64; k <= MAX_K. "
+        "`prepared` tells that the bank's rows are what unit_rows gives.");
     m.attr("INT8_COLUMNS") = static_cast<int>(Int8Tile::COLUMNS);
     m.attr("INT8_MAX_D") = static_cast<int64_t>(Int8Tile::MAX_D);
     m.def("int8_isa", [] { return chosen_int8_tile().name; }, "Name the instruction set of the int8 sieve.");
@@ -106,9 +105,8 @@ PYBIND11_MODULE(_native, m) {
             py::gil_scoped_release release;
             return unit_rows(tile, from, reinterpret_cast<float*>(out), threads);
         },
-        "Fill out (M, D) float32 with the rows scaled to unit norm; zero rows stay zero. Returns the number "
-        "of "
-        "the first row with NaN or inf, or -1.");
+        "Fill out (M, D) float32 with the rows scaled to unit norm; zero rows stay zero. "
+        "Returns the number of the first row with NaN or inf, or -1.");
     m.def(
         "quantize_bank",
         [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int metric,
@@ -205,7 +203,6 @@ PYBIND11_MODULE(_native, m) {
             const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, threads);
             return std::pair(failed, evaluated);
         },
-        "Fill log_likelihood (N,), count (K,), first (K, D) and second, float32; give the first component "
-        "that "
-        "is not positive definite, or -1, and the pairs of row and component that were evaluated.");
+        "Fill log_likelihood (N,), count (K,), first (K, D) and second, float32. Returns the first component "
+        "that is not positive definite, or -1, and how many pairs of row and component were evaluated.");
 }

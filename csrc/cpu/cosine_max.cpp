@@ -3,13 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "memory.h"
+#include "threads.h"
 
 namespace dinofast {
 namespace {
@@ -18,19 +14,6 @@ constexpr int64_t SHARED = 2 << 20;    // floats of packed columns that all thre
 constexpr int64_t PRIVATE = 96 << 10;  // floats of panels that one thread reads again and again from its L2
 constexpr int64_t TILES = 8;           // tiles that one thread takes at a time
 constexpr int64_t SMALL = 1 << 18;     // multiply-adds below which waking threads costs more than it saves
-
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats allocate(int64_t count) {
-    void* p = std::aligned_alloc(64, static_cast<size_t>(count * 4 + 63) / 64 * 64);
-    if (p == nullptr) throw std::bad_alloc();
-    return Floats(static_cast<float*>(p));
-}
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Take some of the tiles that are left: fewer towards the end, so that threads finish together.
 bool take(std::atomic<int64_t>& next, int64_t total, int threads, int64_t& begin, int64_t& end) {
@@ -57,8 +40,8 @@ void cosine_max(const Tile& tile, const Rows& features, const Rows& prototypes, 
 #endif
     // One thread's own memory: packed tiles or, at another time, a panel in the making; one converted row.
     const int64_t own = round_up(std::max(TILES * tile_size, width * padded_depth(d)) + padded_depth(d), 16);
-    const Floats panels = allocate(block * d);
-    const Floats scratch = allocate(own * threads);
+    const Array<float> panels = allocate<float>(block * d);
+    const Array<float> scratch = allocate<float>(own * threads);
     std::atomic<int64_t> next_panel{0}, next_tile{0};
     std::atomic<bool> broken{false};
     std::fill(similarity, similarity + n, -INFINITY);
@@ -66,11 +49,7 @@ void cosine_max(const Tile& tile, const Rows& features, const Rows& prototypes, 
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#ifdef _OPENMP
-        float* const mine = scratch.get() + own * omp_get_thread_num();
-#else
-        float* const mine = scratch.get();
-#endif
+        float* const mine = scratch.get() + own * thread_number();
         float* const converted = mine + TILES * tile_size;
         bool finite[TILES * MAX_ROWS];
         for (int64_t start = 0; start < k; start += block) {

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "threads.h"
+
 namespace dinofast {
 namespace {
 

@@ -4,9 +4,7 @@
 #include <atomic>
 #include <cmath>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace dinofast {
 namespace {
@@ -19,14 +17,6 @@ constexpr int64_t SMALL = 1 << 18;   // multiply-adds below which waking threads
 constexpr int64_t CENTER_ROWS = 64;  // rows whose mean is the center
 constexpr float TINY = 1e-36f;       // above what underflow can lose
 constexpr double HUGE_SQUARE = 0x1p120;
-
-int64_t thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // Take some of the tiles that are left: fewer towards the end, so that threads finish together.
 bool take(std::atomic<int64_t>& next, int64_t total, int threads, int64_t& begin, int64_t& end) {

@@ -7,9 +7,8 @@
 #include <functional>
 #include <numeric>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "memory.h"
+#include "threads.h"
 
 namespace dinofast {
 namespace {
@@ -18,55 +17,6 @@ constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS;
 constexpr int64_t PRIVATE = 384 << 10;  // bytes of codes that one thread reads again and again from its L2
 constexpr int64_t TILES = 8;            // tiles that one thread takes at a time
 constexpr int64_t CHUNK_OF_QUERIES = 1024;
-constexpr float TINY = 1e-36f;  // above what underflow can lose
-constexpr double HUGE_SQUARE = 0x1p120;
-
-int64_t thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-struct Quantized {
-    float scale, rest, norm;  // norms of what the codes leave, and of the row
-    int32_t sum;
-};
-
-// Codes -127 .. 127 of x (d,), times one scale.
-Quantized quantize(const float* x, int64_t d, int8_t* codes) {
-    float peak = 0;
-    double norm = 0;
-    for (int64_t k = 0; k < d; ++k) {
-        peak = std::max(peak, std::abs(x[k]));
-        norm += static_cast<double>(x[k]) * x[k];
-    }
-    const bool usable = peak > 1e-30f && peak < 1e30f;
-    const float scale = usable ? peak / 127 : 0, inverse = usable ? 127 / peak : 0;
-    double rest = 0;
-    int32_t sum = 0;
-    for (int64_t k = 0; k < d; ++k) {
-        const int code = usable ? static_cast<int>(x[k] * inverse + (x[k] < 0 ? -0.5f : 0.5f)) : 0;
-        const double left = x[k] - static_cast<double>(scale) * code;
-        codes[k] = static_cast<int8_t>(code);
-        sum += code;
-        rest += left * left;
-    }
-    constexpr double UP = 1 + 1e-6;
-    return {scale, static_cast<float>(UP * std::sqrt(rest)), static_cast<float>(UP * std::sqrt(norm)), sum};
-}
-
-// Cauchy-Schwarz: with x = a + r and y = b + s, codes and rest, |xy - ab| <= |a||s| + |r||y|, and a product
-// of norms is at most the weighted mean of their squares. This is the part of one side.
-float quantization_error(float norm, float rest, float weight, float gamma) {
-    const double n = norm + rest, r = rest, w = weight;
-    return static_cast<float>(1.00001 * ((w * n * n + r * r / w) / 2 + gamma * n * n / 2)) + TINY;
-}
-
-void subtract(const float* x, const float* center, int64_t d, float* out) {
-    for (int64_t k = 0; k < d; ++k) out[k] = x[k] - center[k];
-}
 
 class BankSearch {
   public:
@@ -355,54 +305,6 @@ class BankSearch {
 };
 
 }  // namespace
-
-void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int threads) {
-    const int64_t d = bank.rows.rows.d, panels = bank.columns / COLUMNS, bytes = quads(d) * 4;
-    const Array<float> scratch = allocate<float>((2 * d + 16) * threads),
-                       rest = allocate<float>(bank.columns);
-    const Array<float> origin = allocate<float>(d);
-    std::fill(origin.get(), origin.get() + d, 0.0f);
-    float* const norm = bank.error;
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float* const row = scratch.get() + (2 * d + 16) * thread_number();
-        int8_t* const codes = reinterpret_cast<int8_t*>(row + d);
-        for (int64_t p; (p = next.fetch_add(1)) < panels;) {
-            uint8_t* const out = bank.codes + p * COLUMNS * bytes;
-            std::memset(out, 128, static_cast<size_t>(COLUMNS * bytes));
-            for (int64_t c = 0; c < COLUMNS; ++c) {
-                const int64_t column = p * COLUMNS + c, i = bank.index[column];
-                bank.scale[column] = rest[column] = norm[column] = 0;
-                bank.bias[column] = -INFINITY;
-                if (i < 0) continue;
-                const float* y = bank.rows.rows.get(i, row);
-                const bool zero = metric == Metric::cosine && tile.lines.sq_distance(y, origin.get(), d) == 0;
-                subtract(y, bank.center, d, row);
-                const double square = tile.lines.sq_distance(row, origin.get(), d);
-                const Quantized found = quantize(row, d, codes);
-                for (int64_t k = 0; k < d; ++k) {
-                    out[(k / 4 * COLUMNS + c) * 4 + k % 4] = static_cast<uint8_t>(codes[k] + 128);
-                }
-                bank.scale[column] = found.scale;
-                rest[column] = found.rest;
-                norm[column] = found.norm;
-                const double bias = -square / 2 - (zero ? 0.5 : 0);
-                bank.bias[column] = square < HUGE_SQUARE ? static_cast<float>(bias) : INFINITY;
-            }
-        }
-    }
-    const double rests = std::accumulate(rest.get(), rest.get() + bank.columns, 0.0);
-    const double norms = std::accumulate(norm, norm + bank.columns, 0.0);
-    const double weight = rests / norms;
-    *bank.weight = weight > 1e-4 && weight < 1 ? static_cast<float>(weight) : weight < 1 ? 1e-4f : 0.01f;
-    const float gamma = product_error(d);
-    for (int64_t c = 0; c < bank.columns; ++c) {
-        const bool huge = !(bank.bias[c] < INFINITY);
-        bank.error[c] = huge ? INFINITY : quantization_error(norm[c], rest[c], *bank.weight, gamma);
-        bank.bias[c] += bank.error[c];
-    }
-}
 
 void knn_topk_bank(const Tile& tile, const Int8Tile& int8, const Rows& queries, const PackedBank& bank, int k,
                    Metric metric, int64_t probes, float* distance, int64_t* index, int64_t* visited,

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "threads.h"
+
 namespace dinofast {
 namespace {
 

@@ -7,23 +7,10 @@
 // left; those are evaluated in float64.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "memory.h"
 #include "mixture_tile.h"
 
 namespace dinofast {
-
-// The number of this thread in its team.
-inline int thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 struct Mixture {
     int64_t components, d;

@@ -43,7 +43,7 @@ def find_compiler() -> str | None:
     given = os.environ.get("CXX")
     if given:
         return shutil.which(shlex.split(given)[0])
-    return next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
+    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
 def find_nvcc() -> str | None:
@@ -66,6 +66,7 @@ def plan() -> str:
         return "python"
     headers = Path(sysconfig.get_path("include"), "Python.h")
     found = {
+        "a system other than Windows (use WSL)": platform.system() != "Windows",
         "a C++ compiler (install g++ or set CXX)": find_compiler(),
         "cmake (pip install cmake)": find_tool("cmake"),
         "ninja (pip install ninja)": find_tool("ninja"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinofast.ops import MISSING
-from dinofast.ops.providers import build
+from dinofast.ops.providers import build, shared
 from dinofast.ops.registry import OPS
 
 SETUP = Path(__file__).parents[1] / "setup.py"
@@ -33,10 +33,18 @@ def test_native_is_there_unless_the_build_was_pure_python():
     assert build() in ("python", "cpu", "cuda"), "this tree is not built: pip install -e ."
     if build() == "python":
         assert "built without it (no C++ compiler found, or DINOFAST_BUILD=python)" in MISSING["cpu"]
+        assert "slower" in MISSING["cpu"]
         assert "cpu" not in backends("cosine_max")
         return
     assert "cpu" not in MISSING
     assert backends("cosine_max")[0] == "cpu"
+
+
+def test_a_python_build_says_that_it_is_slower(monkeypatch):
+    monkeypatch.setattr(shared, "build", lambda: "python")
+    assert "everything still works, slower; install C++ compiler" in shared.absent(
+        ImportError(), "C++ compiler"
+    )
 
 
 def test_cuda_module_imports_without_a_gpu():
@@ -50,11 +58,11 @@ def test_cuda_module_imports_without_a_gpu():
     assert ("cuda" in backends("cosine_max")) == (problem == "")
 
 
-def plan(tmp_path, **environment):
-    """Run setup.py as far as its decision, with no tool on the PATH."""
+def plan(tmp_path, *python, **environment):
+    """Run setup.py, or `python`, as far as its decision, with no tool on the PATH."""
     keep = {name: value for name, value in os.environ.items() if name not in ("CXX", "DINOFAST_BUILD")}
     return subprocess.run(
-        [sys.executable, str(SETUP), "--name"],
+        [sys.executable, *(python or (str(SETUP), "--name"))],
         env={**keep, "PATH": str(tmp_path), **environment},
         cwd=SETUP.parent,
         capture_output=True,
@@ -84,3 +92,17 @@ def test_an_unknown_build_is_refused(tmp_path):
     run = plan(tmp_path, DINOFAST_BUILD="fast")
     assert run.returncode != 0
     assert "DINOFAST_BUILD=fast: unknown; one of python, cpu, cuda" in run.stderr
+
+
+@needs_setup
+def test_windows_gets_pure_python(tmp_path):
+    script = (
+        "import platform, runpy, setuptools, sys; platform.system = lambda: 'Windows'; "
+        "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
+    )
+    run = plan(tmp_path, "-c", script)
+    assert run.returncode == 0, run.stderr
+    assert "a system other than Windows (use WSL)" in run.stdout
+    assert (
+        "DINOFAST_BUILD=cpu: not found: a system" in plan(tmp_path, "-c", script, DINOFAST_BUILD="cpu").stderr
+    )

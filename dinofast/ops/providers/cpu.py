@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from dinofast.errors import InputError
 from dinofast.ops.cosine_map import _fake as cosine_map_results
 from dinofast.ops.cosine_max import _fake as cosine_max_results
 from dinofast.ops.dpm_stats import _fake as dpm_stats_results
@@ -24,12 +26,31 @@ from dinofast.ops.rows import normalize_rows, require
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
+
+def _naming_isa(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Raise InputError where native code finds that `DINOFAST_ISA` names nothing it can use."""
+
+    @wraps(call)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return call(*args, **kwargs)
+        except ValueError as error:
+            if not str(error).startswith("DINOFAST_ISA="):
+                raise
+            raise InputError(str(error)) from error
+
+    return checked
+
+
+@_naming_isa
 def instruction_set() -> str:
     """Name what the native CPU kernels use: the best there is here, or `DINOFAST_ISA`; "none" without them.
 
     Raises:
-        ValueError: `DINOFAST_ISA` names nothing that this processor has.
+        InputError: `DINOFAST_ISA` names nothing that this processor has.
     """
     return "none" if "cpu" in MISSING else _native.isa()
 
@@ -67,8 +88,10 @@ else:
         global _threads
         _threads = lambda: 1  # noqa: E731
 
-    os.register_at_fork(after_in_child=_pin_threads)
+    if hasattr(os, "register_at_fork"):  # where processes fork
+        os.register_at_fork(after_in_child=_pin_threads)
 
+    @_naming_isa
     def _cosine_max_cpu(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         similarity, index = cosine_max_results(features, prototypes)
         features, prototypes = dense(features), dense(prototypes)
@@ -92,6 +115,7 @@ else:
             return f"wants k <= {_native.MAX_K}, got {k}"
         return None
 
+    @_naming_isa
     def _knn_topk_cpu(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
         distance, index = knn_topk_results(queries, bank, k, metric)
         queries, bank = dense(queries), dense(bank)
@@ -118,6 +142,7 @@ else:
             return f"wants a float32 bank, got {packed[0].dtype}"
         return _refuse_knn_topk(queries, packed[0], k, metric)
 
+    @_naming_isa
     def _knn_topk_bank_cpu(
         queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +196,7 @@ else:
         )
         return left, right, (rows, columns)
 
+    @_naming_isa
     def _upsample_blur_cpu(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
         pixels = upsample_blur_results(map, size, sigma, mode, boundary)
         map = map.to(torch.float32).contiguous()
@@ -179,6 +205,7 @@ else:
         _native.upsample_blur(map.data_ptr(), b, h, rows, columns, width, pixels.data_ptr(), _threads())
         return pixels
 
+    @_naming_isa
     def _cosine_map_cpu(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None) -> Tensor:
         pixels = cosine_map_results(features, prototypes, size, mask)
         (_, h, w, d), (height, width) = features.shape, size
@@ -200,6 +227,7 @@ else:
         )
         return pixels
 
+    @_naming_isa
     def _farthest_point_cpu(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         nearest, farthest = farthest_point_results(rows, min_distance, index)
         n, center = rows.shape[0], int(index)
@@ -222,6 +250,7 @@ else:
     provide("cosine_map", Kernel("cpu", ("cpu",), _cosine_map_cpu, _refuse_cosine_map))
     provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, _refuse_first))
 
+    @_naming_isa
     def dpm_stats_native(
         x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
@@ -263,6 +292,7 @@ else:
     provide("dpm_stats", Kernel("cpu", ("cpu",), _dpm_stats_cpu, _refuse_dpm_stats))
 
 
+@_naming_isa
 def has_int8() -> bool:
     """Tell whether the instruction set in use multiplies int8 faster than float32."""
     return "cpu" not in MISSING and _native.int8_isa() != "baseline"
@@ -280,6 +310,7 @@ def no_codes(d: int) -> str:
     return f"D = {d} exceeds {_native.INT8_MAX_D}" if d > _native.INT8_MAX_D else ""
 
 
+@_naming_isa
 def unit_rows(rows: Tensor) -> Tensor:
     """Scale float32 rows (M, D) on the CPU to unit norm with the bits that `knn_topk` computes on the way."""
     if "cpu" in MISSING:
@@ -293,12 +324,14 @@ def _pointers(packed: list[Tensor]) -> list[int]:
     return [x.data_ptr() for x in packed] + [0] * (len(FORMS) - len(packed))
 
 
+@_naming_isa
 def quantize_bank(packed: list[Tensor], metric: str) -> None:
     """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS` from the rest."""
     (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
     _native.quantize_bank(_pointers(packed), m, d, columns, METRICS.index(metric), _threads())
 
 
+@_naming_isa
 def native_k_center(
     rows: Tensor, starts: list[int], mean: bool, limit: int
 ) -> Callable[[Tensor], None] | None:

@@ -58,7 +58,7 @@ def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[
     similarity, index = truth[0], results[1]
     assert bool(((index >= 0) & (index < prototypes.shape[0])).all()), "index outside [0, K)"
     reached = (normalize_rows(features.double()) * normalize_rows(prototypes.double())[index]).sum(dim=1)
-    slack = 2e-6 + 2 * torch.finfo(args[0].dtype).eps ** 1.0
+    slack = 2e-6 + 2 * torch.finfo(args[0].dtype).eps
     short = (similarity - reached)[~similarity.isnan()]
     assert short.numel() == 0 or short.max().item() <= slack, (
         f"a named prototype misses the best by {short.max()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -382,6 +384,32 @@ def test_one_compiled_graph(family, monkeypatch):
         patches, _ = compiled(pixels, backbone.position(4 * p, 6 * p))
     assert len(graphs) == 1
     torch.testing.assert_close(patches, backbone(pixels).tensor)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_weight_is_there_once_and_moves_with_its_backbone(compiled, monkeypatch):
+    torch._dynamo.reset()
+    compiling = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(
+        torch, "compile", lambda network, fullgraph, mode: compiling(network, fullgraph=fullgraph)
+    )
+    backbone = load(shallow(monkeypatch, "dinov2-small", 1), device="cpu", compile=compiled)
+    names = list(backbone.state_dict())
+    assert names
+    assert all(name.startswith("network.") for name in names)
+    pixels = torch.randn(1, 3, 56, 56)
+    truth = backbone(pixels).tensor
+    other = copy.deepcopy(backbone)
+    with torch.no_grad():
+        other.network.norm.weight.zero_()
+        other.network.norm.bias.zero_()
+    assert not other(pixels).tensor.any()
+    torch.testing.assert_close(backbone(pixels).tensor, truth)
+    backbone.to(torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    found = backbone(pixels).tensor
+    assert F.cosine_similarity(found, truth, dim=-1).min() > 0.99
+    assert not torch.equal(found, truth)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ class Backbone(nn.Module):
         patch_size: pixels along an edge of one patch.
         dim: channels D of the features.
         layers: tapped blocks.
+        taps_last_block: whether these are the network's last block alone.
         compile_mode: mode of torch.compile, None when not compiled.
     """
+
+    _call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
     def __init__(
         self,
@@ -51,9 +55,11 @@ class Backbone(nn.Module):
         self.id, self.source, self.reason = id, source, reason
         self.licence, self.fingerprint = licence, fingerprint
         self.kind, self.patch_size, self.dim = network.kind, network.patch_size, network.dim
-        self.layers, self.compile_mode = network.layers, compile
+        self.layers, self.taps_last_block = network.layers, network.taps_last_block
+        self.compile_mode = compile
         self._positions: dict[tuple[int, int], Tensor] = {}
-        self._call = torch.compile(network, fullgraph=True, mode=compile) if compile else network
+        call = torch.compile(network, fullgraph=True, mode=compile) if compile else network
+        object.__setattr__(self, "_call", call)  # a second submodule would list every weight twice
         self.eval()
 
     @property

@@ -35,6 +35,7 @@ class EfficientNetLite0(nn.Module):
     kind = "efficientnet-lite0"
     patch_size = 16
     position_resampling = None
+    taps_last_block = False  # block 10 of 16 is the deepest on offer
 
     def __init__(self, layers: Sequence[int] | None = None) -> None:
         super().__init__()

@@ -50,6 +50,7 @@ class VisionTransformer(nn.Module):
         embeddings, depth = model.embeddings, model.config.num_hidden_layers
         self.kind = KINDS[model.config.model_type]
         self.layers = tapped(layers, depth)
+        self.taps_last_block = self.layers == (depth - 1,)
         self.rotary = self.kind == "dinov3"
         self.position_resampling = None if self.rotary else position_resampling
         convolution: Any = next(m for m in embeddings.modules() if isinstance(m, nn.Conv2d))

@@ -36,7 +36,8 @@ class Detector:
     Args:
         backbone: a loaded backbone, or what `dinofast.backbone.load` takes.
         model: a model, or a name that `dinofast.models.create` knows. A model that masks the background and
-            has no `mask_threshold` gets the published 10.0 when the backbone is a DINOv2.
+            has no `mask_threshold` gets the published 10.0 when the backbone is a DINOv2 that taps its last
+            block alone.
         seed: of everything random in calibration (the bootstrap of a rate's interval).
 
     Attributes:
@@ -69,7 +70,7 @@ class Detector:
         self._embedder = Embedder(self.backbone)
         self._seen: frozenset[bytes] = frozenset()
         unset = getattr(self.model, "masking", False) and getattr(self.model, "mask_threshold", 0.0) is None
-        if unset and self.backbone.kind.startswith("dinov2"):
+        if unset and self.backbone.kind.startswith("dinov2") and self.backbone.taps_last_block:
             self.model.mask_threshold = DINOV2_MASK_THRESHOLD  # type: ignore[attr-defined]
 
     @property

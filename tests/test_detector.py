@@ -253,7 +253,7 @@ def test_what_is_not_fitted_says_so(lite0: Backbone, tmp_path: Path) -> None:
     assert repr(detector) == "Detector(efficientnet-lite0, MemoryBank(), not fitted)"
 
 
-def test_the_published_mask_threshold_is_for_dinov2_only(lite0: Backbone) -> None:
+def test_the_published_mask_threshold_is_for_the_last_block_of_dinov2_only(lite0: Backbone) -> None:
     dino = backbone.load("random:dinov2-small", size=56, device="cpu")
     assert Detector(dino, models.create("memory_bank", masking=True)).model.mask_threshold == 10.0
     assert (
@@ -261,6 +261,9 @@ def test_the_published_mask_threshold_is_for_dinov2_only(lite0: Backbone) -> Non
         == 3
     )
     assert Detector(dino).model.mask_threshold is None
+    for layers in ([3], [10, 11]):
+        other = backbone.load("random:dinov2-small", size=56, device="cpu", layers=layers)
+        assert Detector(other, models.create("memory_bank", masking=True)).model.mask_threshold is None
     detector = Detector(lite0, models.create("memory_bank", masking=True))
     assert detector.model.mask_threshold is None
     with pytest.raises(InputError, match=r"masking needs mask_threshold.*10\.0 for DINOv2"):

@@ -262,8 +262,8 @@ class MemoryBank(Model):
     def _threshold(self) -> float:
         if self.mask_threshold is None:
             raise InputError(
-                "masking needs mask_threshold, in the units of the backbone's tokens: 10.0 for DINOv2, which "
-                "a Detector fills in for DINOv2 backbones; find a value of your own for any other."
+                "masking needs mask_threshold, in the units of the backbone's tokens: 10.0 for DINOv2's last "
+                "block, which a Detector fills in for such backbones; find a value of your own for any other."
             )
         return self.mask_threshold
 

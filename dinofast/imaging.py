@@ -15,13 +15,15 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dinofast.errors import InputError
 
@@ -50,6 +52,49 @@ def decode(path: str | os.PathLike[str]) -> RGB:
         InputError: no such file, a folder, not readable, not an image, truncated, of several TIFF pages,
             larger than Pillow's decompression limit, or a 32-bit file with values outside its range.
     """
+    with _opened(path) as image:
+        image.load()
+        return _from_pil(image, os.fspath(path))
+
+
+def decode_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
+    """Read a mask file: a pixel belongs to the mask when any of its values, as stored, is not 0.
+
+    No value is too small, 1 of 65535 counts as 255 does. Of a palette image the index counts, not its color;
+    alpha does not count. Pillow itself reads 16-bit color with its high byte only.
+
+    Args:
+        path: the file, of any form that `decode` reads.
+
+    Returns:
+        bool (H, W), upright by its EXIF orientation.
+
+    Raises:
+        InputError: as `decode`, except that no value is out of range.
+    """
+    with _opened(path) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        values = np.asarray(upright if upright.mode in (*_WIDE, "1", "L", "P") else upright.convert("RGB"))
+        found: npt.NDArray[np.bool_] = (values != 0).reshape(*values.shape[:2], -1).any(axis=-1)
+        return found
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Give (H, W) of what `decode` returns, from the header wherever that settles it.
+
+    Raises:
+        InputError: as `decode`, as far as the header shows it.
+    """
+    with _opened(path) as image:
+        if image.width != image.height and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            image = ImageOps.exif_transpose(image)
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open an image file; whatever Pillow raises until it is closed becomes an InputError that names it."""
     name = os.fspath(path)
     if not Path(path).is_file():
         reason = "is a folder, not an image file" if Path(path).is_dir() else "no such file"
@@ -61,10 +106,14 @@ def decode(path: str | os.PathLike[str]) -> RGB:
                 if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
                     pages = getattr(image, "n_frames", 1)
                     raise InputError(f"{name}: a TIFF of {pages} pages; save each page as its own file")
-                image.load()
-                return _from_pil(image, name)
+                yield image
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(
+            f"{name}: too large, more than {limit} pixels, Pillow's limit; cut it into tiles"
+        ) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: not an image that Pillow can read; remove or convert it") from error
     except PermissionError as error:

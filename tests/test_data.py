@@ -3,14 +3,17 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from dinofast import data
+from dinofast import data, imaging
 from dinofast.errors import BadFilesError, InputError
 
 
@@ -245,6 +248,78 @@ def test_a_mask_of_another_size_stops_the_check(mvtec: Path) -> None:
     mask(mvtec / "ground_truth/crack/000_mask.png", (12, 11))
     with pytest.raises(BadFilesError, match=r"000_mask\.png: its size \(H, W\) = \(12, 11\) is not that of"):
         data.check(data.folder(mvtec, "test"))
+
+
+WIDE_MASK = np.pad(np.ones((2, 3), np.uint16), ((2, 8), (3, 4)))
+
+
+def palette(index: npt.NDArray[np.uint8]) -> Image.Image:
+    image = Image.fromarray(index, "P")
+    image.putpalette([9, 9, 9, 0, 0, 0])  # the background is not black, the mask is
+    return image
+
+
+def with_alpha(values: npt.NDArray[np.uint8]) -> Image.Image:
+    opaque = np.full_like(values, 255)
+    return Image.fromarray(np.stack([values, 0 * values, 0 * values, opaque], -1))
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        Image.fromarray,
+        lambda m: Image.fromarray(m.astype(bool)),
+        lambda m: palette(m.astype(np.uint8)),
+        lambda m: with_alpha(m.astype(np.uint8)),
+    ],
+    ids=["16 bits", "1 bit", "palette", "one channel, alpha"],
+)
+def test_no_value_of_a_mask_is_too_small(mvtec: Path, make: Callable[[Any], Image.Image]) -> None:
+    make(WIDE_MASK).save(mvtec / "ground_truth/crack/000_mask.png")
+    found = data.folder(mvtec, "test")[0].mask()
+    assert found is not None
+    np.testing.assert_array_equal(found, WIDE_MASK == 1)
+
+
+def test_an_anomalous_image_with_an_empty_mask_is_refused(mvtec: Path) -> None:
+    Image.fromarray(0 * WIDE_MASK).save(mvtec / "ground_truth/crack/000_mask.png")
+    with pytest.raises(BadFilesError, match=r"000_mask\.png: marks no pixel, and .*crack/000\.png is in"):
+        data.check(data.folder(mvtec, "test"))
+
+
+def test_a_torn_mask_is_named(mvtec: Path) -> None:
+    path = mvtec / "ground_truth/crack/000_mask.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(BadFilesError, match=r"000_mask\.png: truncated or corrupt image"):
+        data.check(data.folder(mvtec, "test"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_the_size_is_that_of_the_upright_image(tmp_path: Path, name: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (10, 14)).save(tmp_path / name, exif=exif)
+    assert imaging.image_size(tmp_path / name) == imaging.decode(tmp_path / name).shape[:2]
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.jpg", (30, 20)), ("a.png", (20, 20))])
+def test_the_size_is_read_without_the_pixels(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    path = picture(tmp_path / name, size=size)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert imaging.image_size(path) == size
+    with pytest.raises(InputError, match="truncated"):
+        imaging.decode(path)
+
+
+def test_an_image_beyond_the_limit_of_pillow_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = picture(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(InputError, match=r"a\.png: too large, more than 100 pixels, .*; cut it into tiles"):
+        imaging.decode(path)
 
 
 @pytest.mark.parametrize(

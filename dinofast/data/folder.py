@@ -12,7 +12,7 @@ from dinofast.data.nifti import SUFFIXES as NIFTI_SUFFIXES
 from dinofast.data.sample import Mask, Sample
 from dinofast.data.sources import image_files
 from dinofast.errors import BadFilesError, InputError
-from dinofast.imaging import decode
+from dinofast.imaging import decode, decode_mask, image_size
 
 NORMAL = ("good", "no", "normal", "ok")
 """Names, in any case, of the folders that hold normal images; every other folder holds anomalous ones."""
@@ -33,7 +33,8 @@ def folder(root: str | os.PathLike[str], split: str | None = None) -> list[Sampl
 
     Returns:
         Samples with label 0 or 1. With a `ground_truth` folder every sample has a mask: empty for normal
-        images, the pixels that are not 0 for others. Without, none has.
+        images, the pixels that are not 0 for others (see `imaging.decode_mask`). Without, none has. Reading
+        an anomalous image's mask raises InputError when it is empty or of another size.
 
     Raises:
         InputError: no such folder or split, no class folders, none of them normal, or an empty class.
@@ -85,12 +86,17 @@ def _is_normal(name: str) -> bool:
 
 
 def _mask(image_file: Path, mask_file: Path | None) -> Mask:
-    size = decode(image_file).shape[:2]
+    size = image_size(image_file)
     if mask_file is None:
         return np.zeros(size, np.bool_)
-    mask: Mask = (decode(mask_file) != 0).any(axis=-1)
+    mask: Mask = decode_mask(mask_file)
     if mask.shape != size:
         raise InputError(
             f"{mask_file}: its size (H, W) = {mask.shape} is not that of {image_file}, {size}; export it anew"
+        )
+    if not mask.any():
+        raise InputError(
+            f"{mask_file}: marks no pixel, and {image_file} is in a folder of anomalous images; "
+            "export the mask anew, or move the image to a normal class"
         )
     return mask

@@ -21,7 +21,7 @@ from dinofast.data.demo import load as load_set
 from dinofast.detector import Detector
 from dinofast.errors import InputError
 from dinofast.evaluate import Evaluation, evaluate
-from dinofast.figures import overlay_png
+from dinofast.figures import overlay_png, require_matplotlib
 from dinofast.files import replacing
 from dinofast.report import Histogram, Panel, Section, Table, write_report
 from dinofast.types import Prediction
@@ -101,11 +101,13 @@ def run(
         The results.
 
     Raises:
-        InputError: an unknown name, none of the sets is to be had, or the folder cannot be written.
+        InputError: an unknown name, none of the sets is to be had, matplotlib is missing, or the folder
+            cannot be written.
     """
     names = list(dict.fromkeys(names))
     if unknown := sorted(set(names) - set(NAMES)):
         raise InputError(f"unknown demo set {', '.join(unknown)}; one of {', '.join(NAMES)}")
+    require_matplotlib()
     folder = Path(output)
     with replacing(folder / "report.html") as temporary:  # a folder that cannot be written stops the run here
         temporary.write_text("<p>The demo is running, or was stopped.</p>\n")

@@ -51,12 +51,12 @@ def overlay_png(
     """
     check_arrays(name, image, map, truth)
     height = min(max(round(width * image.shape[0] / image.shape[1]), 16), width * 3 // 2)
-    figure = _matplotlib().figure.Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    figure = require_matplotlib().figure.Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.imshow(image, aspect="auto")
     if map is not None:
-        colors = _matplotlib().colormaps[MAP_COLORS].with_extremes(bad=_GRAY)
+        colors = require_matplotlib().colormaps[MAP_COLORS].with_extremes(bad=_GRAY)
         values = np.ma.masked_invalid(map)
         axes.imshow(values, cmap=colors, vmin=scale[0], vmax=scale[1], alpha=opacity, aspect="auto")
         if threshold is not None:
@@ -98,7 +98,9 @@ def histogram_png(
     span = [scores[finite].min(), scores[finite].max(), *([] if threshold is None else [threshold])]
     bins = min(80, 10 + round(scores.size**0.5))
     edges = np.histogram_bin_edges(np.array(span, dtype=np.float64), bins=bins)
-    figure = _matplotlib().figure.Figure(figsize=(5.2, 2.7), dpi=144, layout="constrained", facecolor="none")
+    figure = require_matplotlib().figure.Figure(
+        figsize=(5.2, 2.7), dpi=144, layout="constrained", facecolor="none"
+    )
     axes = figure.add_subplot(facecolor="none")
     for name, color, chosen in kinds:
         if chosen.size:
@@ -144,7 +146,8 @@ def color_scale(maps: Sequence[NDArray[Any]], threshold: float | None) -> tuple[
 
 def color_stops(n: int = 17) -> list[str]:
     """Give n evenly spaced colors of the map scale as "#rrggbb", low to high."""
-    colors = np.rint(255 * _matplotlib().colormaps[MAP_COLORS](np.linspace(0, 1, n))[:, :3]).astype(int)
+    scale = require_matplotlib().colormaps[MAP_COLORS]
+    colors = np.rint(255 * scale(np.linspace(0, 1, n))[:, :3]).astype(int)
     return ["#{:02x}{:02x}{:02x}".format(*color) for color in colors.tolist()]
 
 
@@ -175,7 +178,7 @@ def _contour(axes: Any, values: Any, level: float, color: str) -> None:
 
 
 def _png(figure: Any, transparent: bool) -> bytes:
-    canvas = _matplotlib().backends.backend_agg.FigureCanvasAgg(figure)
+    canvas = require_matplotlib().backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     buffer = io.BytesIO()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba()))
@@ -183,7 +186,12 @@ def _png(figure: Any, transparent: bool) -> bytes:
     return buffer.getvalue()
 
 
-def _matplotlib() -> Any:
+def require_matplotlib() -> Any:
+    """Give the package that draws.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import matplotlib
         import matplotlib.backends.backend_agg

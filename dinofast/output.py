@@ -16,7 +16,7 @@ from PIL import Image
 
 from dinofast.data import Sample, VolumeSlice
 from dinofast.errors import InputError
-from dinofast.figures import color_scale, overlay_png
+from dinofast.figures import color_scale, overlay_png, require_matplotlib
 from dinofast.files import replacing
 from dinofast.types import Prediction
 
@@ -39,7 +39,8 @@ class Writer:
         threshold: pixel threshold, drawn as a contour and the middle of the color scale; None draws nothing.
 
     Raises:
-        InputError: the folder cannot be written, or one of the images lies where a file would be written.
+        InputError: the folder cannot be written, one of the images lies where a file would be written, or
+            overlays are to be drawn and matplotlib is missing.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Writer:
     ) -> None:
         self.folder, self.threshold = Path(folder), threshold
         self._images = list(images)  # held, so that no other image gets the id of one
+        if threshold is not None and any(sample.volume is None for sample in self._images):
+            require_matplotlib()
         self._names = _file_names(self._images)
         self._slices: dict[Hashable, dict[int, NDArray[np.float32]]] = {}
         self._awaited: dict[Hashable, set[int]] = {}
@@ -184,7 +187,7 @@ def write_predictions(
 
     Raises:
         BadFilesError: files that cannot be used, all named.
-        InputError: the detector is not fitted, no images, or the folder cannot be written.
+        InputError: the detector is not fitted, no images, or what `Writer` says.
     """
     good = detector.check(images, skip_bad=skip_bad, progress=progress)
     pixel = detector.thresholds.get("pixel")

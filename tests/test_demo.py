@@ -203,6 +203,14 @@ def test_a_demo_that_cannot_write_stops_first(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_without_matplotlib_the_demo_stops_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "load", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"drawing needs matplotlib: pip install 'dinofast\[viz\]'"):
+        demo.run(["brain"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_lung_demo(

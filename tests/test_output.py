@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def names(images: list[Sample], folder: Path) -> list[str]:
         if row["map"].endswith(".tif"):
             assert np.unique(np.asarray(Image.open(folder / row["map"]))).tolist() == [i], row
     return [row["map"] for row in writer.rows]
+
+
+def test_overlays_without_matplotlib_stop_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    images = data.samples(weave(0))
+    with pytest.raises(InputError, match=r"drawing needs matplotlib: pip install 'dinofast\[viz\]'"):
+        Writer(tmp_path / "out", images, 0.5)
+    assert not (tmp_path / "out").exists()
+    slices = data.samples(scan(tmp_path / "a.nii.gz"))
+    for drawn, threshold in ((images, None), (slices, 0.5)):  # nothing is to be drawn
+        Writer(tmp_path / "out", drawn, threshold)
 
 
 def test_an_image_gives_its_map_an_overlay_and_a_row(detector: Detector, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from dinofast.detector import Detector
     from dinofast.types import Features, Prediction, Scores
 
-__version__ = version("dinofast")
+try:
+    __version__ = version("dinofast")
+except PackageNotFoundError as error:
+    raise ImportError("this source tree is not installed; run pip install -e .") from error
+
 __all__ = [
     "Detector",
     "Features",

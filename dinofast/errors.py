@@ -23,6 +23,10 @@ class BadFilesError(InputError):
         super().__init__(f"{count} cannot be used:\n{listing}\n{remedy}")
 
 
+class KernelError(DinofastError, RuntimeError):
+    """No kernel can compute an operator for these arguments, or not with the forced backend."""
+
+
 class ArtifactError(DinofastError):
     """A saved detector, model or bank is torn, foreign, newer than this package, or does not belong here."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dinofast import __version__, ops
+from dinofast.errors import InputError
 from dinofast.ops import providers
 
 OPTIONAL = (
@@ -28,7 +30,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         JSON types. "backends" maps each backend to "found" or the reason why it is missing; "operators" maps
-        each operator to its kernels in the order in which they are tried.
+        each operator to its kernels in the order in which they are tried. Where `DINOFAST_ISA` or
+        `DINOFAST_BACKEND` cannot be used, "instruction_set" or "forced_backend" says why.
     """
     offered = {kernel.backend for op in ops.OPS.values() for kernel in op.kernels}
     backends = {
@@ -41,7 +44,8 @@ def info() -> dict[str, Any]:
         "build": providers.build(),
         "backends": backends,
         "operators": {name: [kernel.backend for kernel in op.kernels] for name, op in ops.OPS.items()},
-        "instruction_set": providers.instruction_set(),
+        "forced_backend": _told(ops.registry.forced_backend) or "none",
+        "instruction_set": _told(providers.instruction_set),
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *cuda],
         "python": platform.python_version(),
@@ -49,6 +53,13 @@ def info() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "packages": {name: _version(name) for name in OPTIONAL},
     }
+
+
+def _told(question: Callable[[], str | None]) -> str | None:
+    try:
+        return question()
+    except InputError as error:
+        return str(error)
 
 
 def _version(package: str) -> str:

@@ -20,8 +20,10 @@ from textures import save, scan, spoiled, weave
 import dinofast
 from dinofast import Detector, cli, data
 from dinofast.backbone import Backbone
+from dinofast.ops import MISSING
 
 COMMANDS = ("demo", "fit", "predict", "evaluate", "info")
+native = pytest.mark.skipif("cpu" in MISSING, reason="built without native kernels")
 LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
 
 
@@ -373,6 +375,38 @@ def test_info(call: Call) -> None:
     text = call("info").out
     assert "cosine_max" in text
     assert found["instruction_set"] in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "message"),
+    [
+        ("DINOFAST_BACKEND", "gpu", "forced_backend", "DINOFAST_BACKEND=gpu: no such backend; one of cpu"),
+        ("DINOFAST_BACKEND", "cuda", "forced_backend", "cuda"),
+        pytest.param("DINOFAST_ISA", "sse9", "instruction_set", "DINOFAST_ISA=sse9: unknown", marks=native),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    call: Call,
+    detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    field: str,
+    message: str,
+) -> None:
+    assert json.loads(call("info", "--json").out)["forced_backend"] == "none"
+    monkeypatch.setenv(variable, value)
+    found = call("info", "--json")
+    assert found.code == 0
+    assert json.loads(found.out)[field].startswith(message)
+    assert message in call("info").out
+    image = save(tmp_path / "a.png", weave(0))
+    found = call("predict", detector, image, "--out", tmp_path / "out")
+    assert (found.code, found.out) == (1, "")
+    (line,) = [line for line in found.err.splitlines() if line.startswith("dinofast: ")]
+    assert message in line
+    assert "Traceback" not in found.err
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

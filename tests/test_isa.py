@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dinofast import ops
+from dinofast.errors import InputError
 from dinofast.ops.registry import OPS
 from dinofast.testing import assert_kernel, cast_inputs
 
@@ -95,7 +96,7 @@ def test_an_unavailable_isa_is_an_error_that_lists_what_there_is(monkeypatch, na
     monkeypatch.setenv("DINOFAST_ISA", name)
     with pytest.raises(ValueError, match=f"DINOFAST_ISA={name}: .*available: {', '.join(ISAS)}"):
         native.isa()
-    with pytest.raises(ValueError, match=f"DINOFAST_ISA={name}"):
+    with pytest.raises(InputError, match=f"DINOFAST_ISA={name}"):
         ops.cosine_max(torch.ones(1, 2), torch.ones(1, 2))
 
 

@@ -1,11 +1,15 @@
 """The dispatcher: forced backends, refusals with reasons, an unknown name."""
 
+import importlib.util
 import logging
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
+import dinofast
 from dinofast import ops
+from dinofast.errors import InputError, KernelError
 from dinofast.ops import registry
 from dinofast.ops.registry import OPS, Kernel, choose, provide
 
@@ -54,7 +58,7 @@ def test_a_forced_backend_is_taken_and_released(op):
 
 def test_a_forced_backend_that_refuses_raises_with_the_reason(op):
     offer("cpu", refuse=lambda *_: "wants float16, got torch.float32")
-    with ops.backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: wants float16, got torch\.float32"):
+    with ops.backend("cpu"), pytest.raises(KernelError, match=r"cpu: wants float16, got torch\.float32"):
         choose(op, ARGS)
 
 
@@ -78,7 +82,7 @@ def test_the_environment_forces_a_backend(op, monkeypatch):
     monkeypatch.setenv("DINOFAST_BACKEND", "reference")
     assert choose(op, ARGS).backend == "reference"
     monkeypatch.setenv("DINOFAST_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="DINOFAST_BACKEND=gpu: no such backend; one of cpu, cuda"):
+    with pytest.raises(InputError, match="DINOFAST_BACKEND=gpu: no such backend; one of cpu, cuda"):
         choose(op, ARGS)
 
 
@@ -100,6 +104,16 @@ def test_a_forced_backend_reaches_the_operator():
         similarity, index = ops.cosine_max(*ARGS)
     assert similarity.tolist() == [1, 1, 1]
     assert index.tolist() == [0, 1, 2]
+
+
+def test_a_bare_source_tree_says_what_to_do(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    spec = importlib.util.spec_from_file_location("bare", dinofast.__file__)
+    with pytest.raises(ImportError, match=r"this source tree is not installed; run pip install -e \."):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_importing_dinofast_does_not_import_torch():

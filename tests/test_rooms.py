@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
     "output": LEAVES | {"data", "detector", "figures", "progress"},
-    "info": {"ops"},
+    "info": {"errors", "ops"},
     "demo": LEAVES
     | {"backbone", "calibrate", "data", "detector", "evaluate", "figures", "progress", "report"},
     "commands": LEAVES

@@ -18,6 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dinofast.errors import InputError, KernelError
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """Every backend name, in the order in which offers are tried."""
 
@@ -212,11 +214,11 @@ def forced_backend() -> str | None:
     """Give the backend forced by `backend(...)` or `DINOFAST_BACKEND`, or None.
 
     Raises:
-        ValueError: `DINOFAST_BACKEND` names no backend.
+        InputError: `DINOFAST_BACKEND` names no backend.
     """
     name = _FORCED.get() or os.environ.get("DINOFAST_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"DINOFAST_BACKEND={name}: no such backend; one of {', '.join(BACKENDS)}")
+        raise InputError(f"DINOFAST_BACKEND={name}: no such backend; one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -243,7 +245,8 @@ def choose(op: Op, args: tuple[Any, ...]) -> Kernel:
     """Choose the kernel for these arguments: the first that serves their device and does not refuse.
 
     Raises:
-        RuntimeError: the forced backend cannot serve the call; the message gives every reason.
+        InputError: `DINOFAST_BACKEND` names no backend.
+        KernelError: the forced backend cannot serve the call; the message gives every reason.
     """
     device = next(x for x in args if isinstance(x, Tensor)).device.type
     forced = forced_backend()
@@ -262,4 +265,4 @@ def choose(op: Op, args: tuple[Any, ...]) -> Kernel:
             _LOG.debug("%s: %s; trying the next kernel", op.name, reasons[-1])
     if not reasons:
         reasons = [f"{forced}: {MISSING.get(forced or '', 'has no kernel for this operator')}"]
-    raise RuntimeError(f"{op.name}: no kernel can run; " + "; ".join(reasons))
+    raise KernelError(f"{op.name}: no kernel can run; " + "; ".join(reasons))

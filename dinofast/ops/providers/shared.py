@@ -24,7 +24,10 @@ def absent(error: ImportError, tool: str) -> str:
         return "this source tree is not built; run pip install -e ."
     if made == "cuda" or (made == "cpu" and tool != "nvcc"):
         return str(error)
-    return f"built without it (no {tool} found, or DINOFAST_BUILD={made}); install {tool} and reinstall"
+    return (
+        f"built without it (no {tool} found, or DINOFAST_BUILD={made}): everything still works, slower; "
+        f"install {tool} and reinstall"
+    )
 
 
 def refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:

@@ -1,6 +1,6 @@
 """Who is timed: dinofast and, for each operator, the best plain way that other libraries offer.
 
-A peer gets every advantage: rows of norm 1 that it need not normalise, an index that is already built, views
+A peer gets every advantage: rows of norm 1 that it need not normalize, an index that is already built, views
 instead of copies. `prepare` does that work and is not timed.
 """
 

@@ -168,7 +168,7 @@ PYBIND11_MODULE(_native, m) {
                                   reinterpret_cast<float*>(nearest), threads);
         },
         "Fill nearest (N,) float32 and return the farthest row.");
-    py::class_<KCenter>(m, "KCenter", "Greedy k-centre selection; the rows must stay alive and unchanged.")
+    py::class_<KCenter>(m, "KCenter", "Greedy k-center selection; the rows must stay alive and unchanged.")
         .def(py::init([](uintptr_t rows, int64_t n, int64_t stride, int64_t d,
                          const std::vector<int64_t>& starts, bool mean, int64_t limit, int threads) {
             const Tile& tile = chosen_tile();

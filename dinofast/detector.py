@@ -387,7 +387,7 @@ def _asked(config: dict[str, Any]) -> dict[str, Any]:
 def _same_backbone(path: str | os.PathLike[str], wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Refuse a backbone whose weights or preprocessing differ from the fit's; names and precision may."""
     names = [
-        n for n in sorted({*wanted, *found} - {"id", "licence", "dtype"}) if wanted.get(n) != found.get(n)
+        n for n in sorted({*wanted, *found} - {"id", "license", "dtype"}) if wanted.get(n) != found.get(n)
     ]
     if names:
         listed = "; ".join(f"{n} {wanted.get(n)!r} in the file, {found.get(n)!r} here" for n in names)

@@ -1,7 +1,7 @@
 """The three things that pass between rooms: features, a scored batch, and one image's prediction.
 
 Letters, here and everywhere: B images, H and W pixels, h and w patch grid, N patches (B·h·w), D channels,
-K prototypes or components, Q queries, M bank rows, k neighbours.
+K prototypes or components, Q queries, M bank rows, k neighbors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Features:
     """Patch features of a batch of images that share one size.
 
     Attributes:
-        tensor: patch features (B, h, w, D), floating point, not normalised.
+        tensor: patch features (B, h, w, D), floating point, not normalized.
         cls: class token (B, D), or None where the backbone has none.
         image_size: (H, W) in pixels at which a map of these images is wanted.
     """

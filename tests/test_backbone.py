@@ -301,7 +301,7 @@ def test_config_is_json_and_complete(monkeypatch):
     assert config == backbone.config
     assert set(config) == {
         "id", "kind", "size", "resize", "patch_size", "layers", "mean", "std", "interpolation",
-        "position_resampling", "dtype", "licence", "fingerprint",
+        "position_resampling", "dtype", "license", "fingerprint",
     }  # fmt: skip
     assert (config["dtype"], config["layers"], config["size"]) == ("bfloat16", [1], 56)
     assert "\n" not in repr(backbone)
@@ -440,7 +440,7 @@ def test_efficientnet_has_a_16_x_16_grid():
     found = backbone(pixels[None])
     assert found.tensor.shape == (1, 16, 16, 232)
     assert found.cls is None
-    assert backbone.licence == "Apache-2.0"
+    assert backbone.license == "Apache-2.0"
     assert bool(found.tensor.isfinite().all())
     assert backbone(torch.zeros(1, 3, 48, 80)).tensor.shape == (1, 3, 5, 232)
     assert load("efficientnet-lite0", device="cpu", layers=[10]).dim == 112
@@ -496,7 +496,7 @@ def test_auto_takes_a_cached_dino_without_connecting(no_hub):
     backbone = load(device="cpu")
     assert (backbone.id, backbone.kind) == ("facebook/dinov2-small", "dinov2")
     assert "cache" in backbone.reason
-    assert backbone.licence == "Apache-2.0"
+    assert backbone.license == "Apache-2.0"
 
 
 def test_auto_follows_the_environment(no_hub, monkeypatch, tmp_path):
@@ -542,7 +542,7 @@ def test_the_dinov3_license_is_shown(tmp_path, caplog):
     torch.save(checkpoint("dinov3_vits16", 1), tmp_path / "v3.pth")
     with caplog.at_level(logging.WARNING, logger="dinofast"):
         backbone = load(tmp_path / "v3.pth", device="cpu")
-    assert "DINOv3 License" in backbone.licence
+    assert "DINOv3 License" in backbone.license
     assert "DINOv3 License" in caplog.text
 
 

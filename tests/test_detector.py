@@ -528,7 +528,7 @@ def test_the_file_names_what_made_it(fitted: Detector, tmp_path: Path) -> None:
     tensors, config = artifact.read(tmp_path / "d.safetensors", kind="detector")
     seen = tensors["seen"].tolist()
     assert seen == sorted(list(stream.digest(image)) for image in NORMAL)
-    assert config["backbone"]["licence"] == "Apache-2.0"
+    assert config["backbone"]["license"] == "Apache-2.0"
     assert config["backbone"]["mean"] == [0.485, 0.456, 0.406]
     assert config["seed"] == 0
     assert config["torch_version"] == torch.__version__

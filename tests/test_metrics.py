@@ -116,7 +116,7 @@ def test_every_number_type():
         assert auroc(torch.tensor(values, dtype=tensor_type), torch.tensor(labels)) == expected
 
 
-def test_neighbouring_large_integers_are_distinct():
+def test_neighboring_large_integers_are_distinct():
     assert auroc(np.array([2**62, 2**62 + 1]), [0, 1]) == 1.0
 
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr float SELECTED = -1;       // reach of a row that must not be selected again
 constexpr int64_t BLOCK = 64;        // rows with one common bound
-constexpr int64_t RUN = 16;          // blocks that one thread takes in a row; centres side by side in bounds_
+constexpr int64_t RUN = 16;          // blocks that one thread takes in a row; centers side by side in bounds_
 constexpr int64_t BOUNDS = 1 << 24;  // floats in bounds_
 constexpr float NEAR = 0.99f;        // below this share of the largest reach a row can wait
 constexpr float ROUGH_FLOOR = 1e-30f;  // below, rounding of subnormal squares may exceed the stated error
@@ -21,7 +21,7 @@ constexpr int64_t SMALL = 1 << 20;     // elements below which waking threads co
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// A pivot this far from a centre keeps the centre out of reach: the sum, and more than rounding of the three
+// A pivot this far from a center keeps the center out of reach: the sum, and more than rounding of the three
 // distances can hide.
 float out_of_reach(float reach, float pivot_distance) {
     return (reach + pivot_distance) * 1.000002f + FLT_MIN;
@@ -81,7 +81,7 @@ float* KCenter::bound(int64_t pivot, int64_t center) {
     return bounds_.get() + (center / RUN * pivots_ + pivot) * RUN + center % RUN;
 }
 
-// Let row i look at further centres, as long as its reach is `enough` to be the farthest.
+// Let row i look at further centers, as long as its reach is `enough` to be the farthest.
 void KCenter::settle(int64_t i, float enough) {
     const int64_t count = centers_.size(), starts = starts_.size();
     float reach = reach_[i], far = out_of_reach(reach, pivot_distance_[i]);
@@ -141,7 +141,7 @@ KCenter::Candidate KCenter::farthest(int part, int parts) {
     }
 }
 
-// Bound the distances of one thread's pivots to a centre, number `number`.
+// Bound the distances of one thread's pivots to a center, number `number`.
 void KCenter::measure_pivots(int64_t center, int64_t number, int part, int parts) {
     const int64_t starts = starts_.size(), count = std::min(starts + number, pivots_);
     for (int64_t first = 4 * part; first < count; first += 4 * parts) {

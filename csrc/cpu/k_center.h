@@ -8,13 +8,13 @@
 
 namespace dinofast {
 
-// Greedy k-centre selection: again and again the row farthest from the centres so far, the first among
+// Greedy k-center selection: again and again the row farthest from the centers so far, the first among
 // equals, no row twice. Distances are those of farthest_point, and the selection is the same, bit for bit, as
 // by computing all of them; most are never computed:
-//  - the distance to the centres that a row has looked at bounds what it can still reach, so it looks at
+//  - the distance to the centers that a row has looked at bounds what it can still reach, so it looks at
 //  later
 //    ones only while that bound is the largest;
-//  - a row at distance a from a pivot that is at distance b from a centre is at least b - a from the centre;
+//  - a row at distance a from a pivot that is at distance b from a center is at least b - a from the center;
 //  - a float32 sum that exceeds the bound by more than it can err settles the matter.
 class KCenter {
   public:
@@ -45,17 +45,17 @@ class KCenter {
     const Lines& lines_;
     const Rows rows_;
     const std::vector<int64_t> starts_;
-    const int64_t limit_, pivots_;  // pivots: the starts, then the first centres
+    const int64_t limit_, pivots_;  // pivots: the starts, then the first centers
     const double rough_excess_;     // what rough_sq_distances may give for a true 1
     std::vector<int64_t> centers_;
-    std::vector<float> reach_;           // of each row: distance to the nearest centre that it has looked at
-    std::vector<int32_t> seen_;          // of each row: how many centres it has looked at
+    std::vector<float> reach_;           // of each row: distance to the nearest center that it has looked at
+    std::vector<int32_t> seen_;          // of each row: how many centers it has looked at
     std::vector<int32_t> pivot_;         // of each row: the nearest pivot known
     std::vector<float> pivot_distance_;  // of each row, to pivot_
     std::vector<float> block_reach_;     // of each block of rows: the largest reach
-    std::unique_ptr<float[]> bounds_;    // of each pivot and centre: at most their distance
+    std::unique_ptr<float[]> bounds_;    // of each pivot and center: at most their distance
     std::vector<Candidate> found_;       // by each thread
-    std::atomic<float> best_{0};         // the largest reach so far of a row that has looked at all centres
+    std::atomic<float> best_{0};         // the largest reach so far of a row that has looked at all centers
 };
 
 }  // namespace dinofast

@@ -100,16 +100,16 @@ def load(
         if network.rotary:
             # rounded, because powers differ in their last bit between machines
             weights.append((model.rope_embeddings.inv_freq * 1e5).round())
-    licence = _licence(id, network.kind)
-    if licence == _DINOV3_LICENSE:
-        _log.warning("%s: weights under the %s; they may not be passed on without its terms", id, licence)
+    license = _license(id, network.kind)
+    if license == _DINOV3_LICENSE:
+        _log.warning("%s: weights under the %s; they may not be passed on without its terms", id, license)
     backbone = Backbone(
         network,
         Preprocess(default_size if size is None else size, network.patch_size, resize),
         id=id,
         source=source,
         reason=reason,
-        licence=licence,
+        license=license,
         fingerprint=fingerprint(weights),
         compile=mode,
     ).to(device, dtype)
@@ -176,7 +176,7 @@ def _model(source: str, token: str | None) -> tuple[str, Any]:
     return repo, hub.from_hub(repo, token)
 
 
-def _licence(id: str, kind: str) -> str:
+def _license(id: str, kind: str) -> str:
     if id.startswith("random:"):
         return "none (random weights)"
     return _DINOV3_LICENSE if kind == "dinov3" else "Apache-2.0"

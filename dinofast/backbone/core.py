@@ -26,7 +26,7 @@ class Backbone(nn.Module):
         kind: "dinov2", "dinov2-with-registers", "dinov3" or "efficientnet-lite0".
         source: what `load` was given, after "auto" was decided.
         reason: why this one runs.
-        licence: license of the weights.
+        license: license of the weights.
         fingerprint: hash of the float32 weights.
         patch_size: pixels along an edge of one patch.
         dim: channels D of the features.
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         id: str,
         source: str,
         reason: str,
-        licence: str,
+        license: str,
         fingerprint: str,
         compile: str | None = None,
     ) -> None:
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         self.network = network
         self.preprocess = preprocess
         self.id, self.source, self.reason = id, source, reason
-        self.licence, self.fingerprint = licence, fingerprint
+        self.license, self.fingerprint = license, fingerprint
         self.kind, self.patch_size, self.dim = network.kind, network.patch_size, network.dim
         self.layers, self.taps_last_block = network.layers, network.taps_last_block
         self.compile_mode = compile
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
             "layers": list(self.layers),
             "position_resampling": self.network.position_resampling,
             "dtype": _name(self.dtype),
-            "licence": self.licence,
+            "license": self.license,
             "fingerprint": self.fingerprint,
         }
 
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         return (
             f"{self.id}: {self.kind}, size {self.preprocess.size} ({self.preprocess.resize}), "
             f"patch {self.patch_size}, D {self.dim}, {_name(self.dtype)} on {self.device}, {how}, "
-            f"license {self.licence}; {self.reason}"
+            f"license {self.license}; {self.reason}"
         )
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ def cosine_map(
 
     Args:
         features: (B, h, w, D), float32, bfloat16, float16 or float64.
-        prototypes: (K, D), K >= 1, same dtype and device; both are normalised inside.
+        prototypes: (K, D), K >= 1, same dtype and device; both are normalized inside.
         size: (H, W) of the map in pixels, each at least 1.
         mask: (B, h, w) bool, True where a patch is scored; elsewhere its distance is 0 before the
             interpolation. None scores all.

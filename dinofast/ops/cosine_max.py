@@ -10,7 +10,7 @@ from dinofast.ops.rows import BLOCK, check_rows, normalize_rows, result_dtype, r
 
 
 def cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the prototype most similar to each feature; both are normalised inside.
+    """Find the prototype most similar to each feature; both are normalized inside.
 
     The (N, K) matrix of similarities is never written.
 

@@ -1,4 +1,4 @@
-"""farthest_point: one step of greedy k-centre selection, distance, running minimum and argmax in one pass."""
+"""farthest_point: one step of greedy k-center selection, distance, running minimum and argmax in one pass."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dinofast.ops.rows import BLOCK, check_rows, require, result_dtype, row_bloc
 
 
 def farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a centre: shrink every row's distance to its nearest centre, then find the farthest row.
+    """Add a center: shrink every row's distance to its nearest center, then find the farthest row.
 
-    Repeating the step selects a greedy k-centre coreset; no step waits for the device.
+    Repeating the step selects a greedy k-center coreset; no step waits for the device.
 
     Args:
         rows: (N, D), N >= 1, float32, bfloat16, float16 or float64.
-        min_distance: (N,), Euclidean distance of every row to its nearest centre so far, inf before the
+        min_distance: (N,), Euclidean distance of every row to its nearest center so far, inf before the
             first; float32 (float64 for float64 rows).
-        index: (), int64 on the device of `rows`: the row that becomes a centre.
+        index: (), int64 on the device of `rows`: the row that becomes a center.
 
     Returns:
-        min_distance: (N,), a new tensor: the smaller of the old value and the distance to the new centre,
-            exactly 0 for the centre itself. A row with NaN gets NaN. Differences have the dtype of the
-            result and their squares are summed in float64, so that every kernel finds the same centres.
+        min_distance: (N,), a new tensor: the smaller of the old value and the distance to the new center,
+            exactly 0 for the center itself. A row with NaN gets NaN. Differences have the dtype of the
+            result and their squares are summed in float64, so that every kernel finds the same centers.
         index: (), int64: the row with the largest value; the smallest index among equals, NaN before all.
 
     Raises:
@@ -40,9 +40,9 @@ def farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[T
 def _reference(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     _fake(rows, min_distance, index)
     dtype = result_dtype(rows)
-    centre = rows.index_select(0, index.view(1)).to(dtype)
+    center = rows.index_select(0, index.view(1)).to(dtype)
     blocks = row_blocks(rows, BLOCK // rows.shape[1])
-    distance = torch.cat([_norm(block.to(dtype) - centre) for block in blocks])
+    distance = torch.cat([_norm(block.to(dtype) - center) for block in blocks])
     nearest = torch.minimum(min_distance, distance)
     top = nearest.max()
     is_top = torch.where(top.isnan(), nearest.isnan(), nearest == top)
@@ -85,7 +85,7 @@ def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[
     expected = nearest.isnan() if bool(top.isnan()) else nearest == top
     assert int(farthest) == int(expected.nonzero()[0]), f"row {int(farthest)} is not the first farthest"
     assert float(nearest[args[2]]) == 0 or not bool(args[0][args[2]].isfinite().all()), (
-        "a centre is not at 0 of itself"
+        "a center is not at 0 of itself"
     )
 
 
@@ -99,10 +99,10 @@ def _samples() -> list[Sample]:
     for sample in row_samples():
         rows = sample.args[1]
         start = torch.full(rows.shape[:1], torch.inf)
-        found.append(Sample(f"first centre, {sample.name}", (rows, start, torch.tensor(rows.shape[0] - 1))))
+        found.append(Sample(f"first center, {sample.name}", (rows, start, torch.tensor(rows.shape[0] - 1))))
     rows = found[6].args[0]
     near = torch.linalg.vector_norm(rows - rows[3], dim=1)
-    found.append(Sample("second centre", (rows, near, torch.tensor(0))))
+    found.append(Sample("second center", (rows, near, torch.tensor(0))))
     broken = rows.clone()
     broken[2, 0] = torch.nan
     found.append(Sample("NaN row", (broken, near, torch.tensor(0))))

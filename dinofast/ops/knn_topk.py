@@ -27,7 +27,7 @@ def knn_topk(
         queries: (Q, D), float32, bfloat16, float16 or float64.
         bank: (M, D), M >= k, same dtype and device; or a `Bank` on the same device, whatever the dtype.
         k: neighbors wanted, 1 <= k <= M.
-        metric: "cosine" (1 − cosine, in [0, 2], rows normalised inside, a zero row is at distance 1 from
+        metric: "cosine" (1 − cosine, in [0, 2], rows normalized inside, a zero row is at distance 1 from
             everything), "euclidean", or "sqeuclidean" (the one squared distance); for these two, norms beyond
             1e18 leave the range of float32 and give inf or NaN. A `Bank` has its own, which must be this.
 

@@ -1,4 +1,4 @@
-"""What several operators say in the same words: checks of row matrices, normalisation, tie order, samples."""
+"""What several operators say in the same words: checks of row matrices, normalization, tie order, samples."""
 
 from __future__ import annotations
 

@@ -335,7 +335,7 @@ def quantize_bank(packed: list[Tensor], metric: str) -> None:
 def native_k_center(
     rows: Tensor, starts: list[int], mean: bool, limit: int
 ) -> Callable[[Tensor], None] | None:
-    """Offer greedy k-centre selection in native code, which computes few of the distances.
+    """Offer greedy k-center selection in native code, which computes few of the distances.
 
     Args:
         rows: (N, D), float32, finite; must not change while rows are selected.

@@ -5,6 +5,15 @@ import os
 import pytest
 import torch
 
+from dinofast.ops.providers import instruction_set
+
+try:
+    from dinofast import _native
+except ImportError:
+    ISAS = []  # built without native kernels: the tests of instruction sets are skipped
+else:
+    ISAS = _native.available_isas()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests whose GPU or package index is not there, unless it was promised: then they must fail.
@@ -33,6 +42,22 @@ def _index_answers() -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force each instruction set of this processor in turn."""
+    monkeypatch.setenv("DINOFAST_ISA", request.param)
+    assert instruction_set() == request.param
+    return request.param
+
+
+@pytest.fixture
+def restored_threads():
+    """Put back the number of threads that the test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -21,19 +21,6 @@ ISAS = native.available_isas()
 EXACT = ("float32", "lowp", "pruned")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("DINOFAST_ISA", request.param)
-    return request.param
-
-
-@pytest.fixture
-def restored_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def forms(rows, metric):
     """The prepared forms of every exact strategy, whatever the processor has."""
     (one,) = Bank(rows, metric, "float32").packed

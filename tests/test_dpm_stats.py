@@ -21,20 +21,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("diag", "spherical", "full")
 
 
-@pytest.fixture(params=native.available_isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("DINOFAST_ISA", request.param)
-    assert native.isa() == request.param
-    return request.param
-
-
-@pytest.fixture
-def restored_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def mixture(n, k, d, kind, spread=1.0, variance=1.0, seed=0):
     """Rows around k means `spread` apart; precisions of uneven scale, for "full" of uneven direction too."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,20 +21,6 @@ ISAS = native.available_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("DINOFAST_ISA", request.param)
-    assert native.isa() == request.param
-    return request.param
-
-
-@pytest.fixture
-def restored_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_sample(isa, dtype):
     for sample in OP.samples():

@@ -19,19 +19,6 @@ ISAS = native.available_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("DINOFAST_ISA", request.param)
-    return request.param
-
-
-@pytest.fixture
-def restored_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def brute(queries, bank, k, metric):
     """The k nearest by float64 distances, ties to the smallest index."""
     x, y = queries.double(), bank.double()

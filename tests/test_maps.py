@@ -29,13 +29,6 @@ def kernel(name):
     return next(k for k in OPS[name].kernels if k.backend == "cpu")
 
 
-@pytest.fixture(params=native.available_isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("DINOFAST_ISA", request.param)
-    assert native.isa() == request.param
-    return request.param
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

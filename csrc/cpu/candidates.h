@@ -9,6 +9,8 @@
 
 namespace dinofast {
 
+constexpr float TINY = 1e-36f;  // above what underflow can lose
+
 enum class Metric { cosine = 0, euclidean = 1, sqeuclidean = 2 };
 
 // Bound on the relative error of a sum of d products in float32, with 64 roundings to spare for what happens

@@ -4,8 +4,6 @@
 
 namespace dinofast {
 
-constexpr float TINY = 1e-36f;  // above what underflow can lose
-
 // A bank prepared once: float32 rows that decide, and int8 codes of rows - center that propose.
 struct PackedBank {
     Bank rows;            // prepared

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "metrics": LEAVES,
     "data": LEAVES | {"imaging"},
     "backbone": LEAVES | {"imaging"},
-    "models": LEAVES | {"ops", "artifact"},
+    "models": LEAVES | {"ops", "artifact", "progress"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
     "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "models", "progress", "stream"},

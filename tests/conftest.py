@@ -1,5 +1,6 @@
 """Fixtures that every test gets: a GPU only where promised, no leaking seeds, NaN-filled fresh memory."""
 
+import importlib.util
 import os
 
 import pytest
@@ -13,6 +14,10 @@ except ImportError:
     ISAS = []  # built without native kernels: the tests of instruction sets are skipped
 else:
     ISAS = _native.available_isas()
+
+
+collect_ignore = [] if importlib.util.find_spec("anomalib") else ["hosts"]
+"""Tests in real host projects need an environment of their own: make test-hosts."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ def k_center(
     n_select: int | None = None,
     *,
     ratio: float | None = None,
-    start: str = "random-row",
+    start: str | int = "random-row",
     projection: str | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int | None], None] | None = None,
@@ -40,7 +40,8 @@ def k_center(
         ratio: K = ⌊ratio · N⌋, in (0, 1].
         start: "random-row", the first row selected is drawn at random; "mean-of-10", rows begin with their
             mean distance to ten random rows (all when N < 10), which are not selected; "distance-norm", the
-            first row selected has the largest root of the summed squared distances to all rows.
+            first row selected has the largest root of the summed squared distances to all rows; or the number
+            of the first row selected.
         projection: what distances are measured in: None, the rows; "linear-128", a random linear map to 128
             channels, entries uniform in ±1/√D, unless D is 128; "sparse-jl", a sparse random map to
             ⌊4 ln N / (e²/2 − e³/3)⌋ channels, e = 0.9, unless that is D or more.
@@ -62,9 +63,14 @@ def k_center(
     [1, 3, 2, 0]
     """
     k = _checked_count(rows, n_select, ratio)
-    for name, value, known in (("start", start, STARTS), ("projection", projection, (None, *PROJECTIONS))):
+    known_starts = range(rows.shape[0]) if isinstance(start, int) else STARTS
+    for name, value, known in (
+        ("start", start, known_starts),
+        ("projection", projection, (None, *PROJECTIONS)),
+    ):
         if value not in known:
-            raise InputError(f"k_center: unknown {name} {value!r}; one of {', '.join(map(str, known))}")
+            listed = known if isinstance(known, range) else ", ".join(map(str, known))
+            raise InputError(f"k_center: unknown {name} {value!r}; one of {listed}")
     rows = rows.detach().to(torch.float32)
     _refuse_broken(rows)
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +79,8 @@ def k_center(
     starts = torch.randperm(rows.shape[0], generator=generator)[: 10 if mean else 1]
     if start == "distance-norm":
         starts = _farthest_from_all(rows)
+    elif isinstance(start, int):
+        starts = torch.tensor([start])
     index = torch.empty(k, dtype=torch.int64, device=rows.device)
     done = 0
     if not mean:

@@ -205,9 +205,9 @@ def test_fit_makes_the_steps_of_all_epochs_and_keeps_the_best_by_validation(init
             bounds.append(-np.mean([derived.score(part, "mixture").mean() for part in np.split(y, 3)]))
             states.append((derived.mu.copy(), derived.alpha))
     best = int(np.argmax(bounds))
-    near(model.lower_bound_, bounds[best])
-    near(model.means_, states[best][0])
-    near(model.weight_concentration_, states[best][1])
+    near(model.lower_bound_, bounds[best], 1e-3)
+    near(model.means_, states[best][0], 1e-3)
+    near(model.weight_concentration_, states[best][1], 1e-3)
     assert model.n_iter_ == 3 * (best + 1)
     assert best < 4, "the last epoch would be kept without validation too"
 
@@ -374,7 +374,7 @@ def test_bad_batches_are_refused_and_nothing_is_lost():
     huge = Features(1e25 * images().tensor, None, (9, 9))
     with pytest.raises(InputError, match=r"step 0 of the mixture leaves the range .*normalize"):
         DPMM(n_components=5, normalize=False).partial_fit(huge)
-    uneven = images().tensor * torch.logspace(-6, 9, 6)
+    uneven = 1e5 * images().tensor[..., :1].expand(-1, -1, -1, 6)
     with pytest.raises(InputError, match=r"cannot be inverted .*raise reg_covar"):
         DPMM(n_components=5, normalize=False, covariance_type="full").fit([Features(uneven, None, (9, 9))])
 

@@ -283,15 +283,19 @@ def _precisions(covariances: Tensor) -> Tensor:
     precisions = torch.empty_like(covariances)
     for block in _component_blocks(covariances):
         factor, failed = torch.linalg.cholesky_ex(covariances[block].double())
+        _require_definite(failed, block, covariances.dtype)
         precisions[block] = torch.cholesky_inverse(factor)
-        rounded = torch.linalg.cholesky_ex(precisions[block])[1]
-        if bool((failed + rounded).any()):
-            k = block.start + int((failed + rounded).nonzero()[0])
-            raise InputError(
-                f"the covariance of component {k} cannot be inverted in {covariances.dtype}: its channels "
-                "differ too much in size; raise reg_covar, or normalize the tokens."
-            )
+        _require_definite(torch.linalg.cholesky_ex(precisions[block])[1], block, covariances.dtype)
     return precisions
+
+
+def _require_definite(failed: Tensor, block: slice, dtype: torch.dtype) -> None:
+    if bool(failed.any()):
+        k = block.start + int(failed.nonzero()[0])
+        raise InputError(
+            f"the covariance of component {k} cannot be inverted in {dtype}: its directions differ too much in "
+            "size; raise reg_covar, or normalize the tokens."
+        )
 
 
 def _component_blocks(matrices: Tensor) -> Iterator[slice]:

@@ -1,7 +1,7 @@
-"""The fit of the mixture at the paper's size: the calls of one step, and a share of a fit to extrapolate from.
+"""The fit of the mixture at the paper's size: one step, and a share of a fit to extrapolate from.
 
-`python -m bench.dpmm` fits on 48 synthetic images of 1024 patches and prints JSON: the time of a step, what 40
-epochs over 7500 images (7.68 million patches) would take, and the peak extra memory. CPU times are of all
+`python -m bench.dpmm` fits on 48 synthetic images of 1024 patches and prints JSON: the time of a step, what
+40 epochs over 7500 images (7.68 million patches) would take, and the peak extra memory. CPU times are of all
 threads together, and tell more than the others where the machine is not idle.
 """
 
@@ -13,18 +13,20 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.measure import Call
 from bench.peers import contenders
 from bench.shapes import SHAPES, D
 from dinofast.models.dpmm import DPMM
 from dinofast.models.feature_store import FeatureStore
-from dinofast.models.mixture import Mixture, step, update
+from dinofast.models.mixture import Mixture, Rule, step, update
 from dinofast.models.mixture import statistics as kernel
 from dinofast.types import Features
 
@@ -37,11 +39,7 @@ SETTLING = 6
 
 def step_calls() -> dict[str, Call]:
     """Give one step each: ours from the stored rows, our operator alone, the dense form with our update."""
-    x = SHAPES["dpm_stats"][SHAPE]()[0]
-    model = DPMM()
-    rule, mixture = model._rule, model._start(x)
-    for _ in range(SETTLING):
-        mixture, _ = step(mixture, x, rule)
+    x, mixture, rule = _settled()
     store = FeatureStore.of([Features(x.view(BATCH, SIDE, SIDE, D), None, (448, 448))])
     log_weights = rule.log_weights(mixture.sticks)
     torch_peer = next(c for c in contenders("dpm_stats", SHAPE) if c.name == "torch")
@@ -66,18 +64,21 @@ def step_error(found: Mixture) -> float:
     )
 
 
-_TRUTH: list[Mixture] = []
+@cache
+def _settled() -> tuple[Tensor, Mixture, Rule]:
+    """Give a batch of rows, a mixture that has made some steps on it, and the rule of its steps."""
+    x = SHAPES["dpm_stats"][SHAPE]()[0]
+    model = DPMM()
+    mixture = model._start(x)
+    for _ in range(SETTLING):
+        mixture, _ = step(mixture, x, model._rule)
+    return x, mixture, model._rule
 
 
+@cache
 def _truth() -> Mixture:
-    if not _TRUTH:
-        x = SHAPES["dpm_stats"][SHAPE]()[0]
-        model = DPMM()
-        mixture = model._start(x)
-        for _ in range(SETTLING):
-            mixture, _ = step(mixture, x, model._rule)
-        _TRUTH.append(step(mixture, x.double(), model._rule)[0])
-    return _TRUTH[0]
+    x, mixture, rule = _settled()
+    return step(mixture, x.double(), rule)[0]
 
 
 def synthetic(images: int) -> Iterator[Features]:

@@ -293,8 +293,8 @@ def _require_definite(failed: Tensor, block: slice, dtype: torch.dtype) -> None:
     if bool(failed.any()):
         k = block.start + int(failed.nonzero()[0])
         raise InputError(
-            f"the covariance of component {k} cannot be inverted in {dtype}: its directions differ too much in "
-            "size; raise reg_covar, or normalize the tokens."
+            f"the covariance of component {k} cannot be inverted in {dtype}: its directions differ too much "
+            "in size; raise reg_covar, or normalize the tokens."
         )
 
 

@@ -297,13 +297,15 @@ def test_active_sets_differ_as_published():
             n_components=3, compat="anomalydino-dpmm", scoring=scoring, weight_threshold=0.3, normalize=False
         ).partial_fit(base)
         state = model.state()
-        sticks = torch.tensor([0.3 / 1.2, 0.28, 0.0], dtype=torch.float64)
-        sticks[0], sticks[1], sticks[2] = 0.35, 0.25 / 0.65, 0.0
+        sticks = torch.tensor([0.35, 0.25 / 0.65, 0.0], dtype=torch.float64)
         model.load_state(state | {"sticks": sticks})
-        rescaled = scoring == "euclidean"
-        assert len(model._parts(rescaled).index) == expected
-        assert model._parts(rescaled) is model._parts(rescaled)
-        model.patch_scores(base)
+        parts = model._parts(scoring == "euclidean")
+        assert parts.index.tolist() == list(range(expected))
+        assert model._parts(scoring == "euclidean") is parts
+        found = model.patch_scores(base).flatten()
+        near(found, score_rows(base.tensor.flatten(0, 2), parts, scoring))
+        if scoring == "euclidean":
+            near(found, torch.cdist(base.tensor.flatten(0, 2), state["means"][:2]).amin(1))
     model.weight_threshold = 0.9
     model.load_state(model.state())
     with pytest.raises(InputError, match=r"no component has a weight above weight_threshold = 0.9, .* 0.35"):

@@ -1,11 +1,15 @@
-"""One image from file to anomaly map, by stage."""
+"""One image from file to anomaly map, by stage; one step of the mixture's fit."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from bench.measure import Group, Measure
+from bench.dpmm import step_calls, step_error
+from bench.measure import OURS, PEER_TOLERANCE, Group, Measure
+from bench.memory import peak_extra
 from dinofast import Detector, backbone, ops
 from dinofast.data import demo
 from dinofast.types import Prediction
@@ -41,3 +45,25 @@ def _prepare() -> Group:
         group.stages[name] = stages
         group.facts[name] = {"device": "cpu", "dtype": "float32", "largest_error": error}
     return group
+
+
+@pytest.mark.parametrize("contender", ["dinofast", "dinofast-kernel-alone", "torch"])
+def bench_dpmm_step(measure: Measure, with_memory: bool, contender: str) -> None:
+    measure("DPMM.step batch_12288x500_diag", contender, lambda: _prepare_step(with_memory))
+
+
+def _prepare_step(with_memory: bool) -> Group:
+    """Make one step of fit on twelve images: rows read from the store, statistics, update."""
+    calls = step_calls()
+    facts: dict[str, dict[str, Any]] = {
+        name: {"backend": "cpu" if name.startswith(OURS) else name, "device": "cpu", "dtype": "float32"}
+        for name in calls
+    }
+    for name in ("dinofast", "torch"):
+        error = step_error(calls[name]())
+        assert error <= PEER_TOLERANCE, f"{name}: a parameter errs by {error:.3g}"
+        facts[name]["largest_error"] = error
+    if with_memory:
+        for name in calls:
+            facts[name]["peak_extra_bytes"] = peak_extra("DPMM.step", "batch_12288x500_diag", name)
+    return Group(calls, facts)

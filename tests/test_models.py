@@ -14,6 +14,18 @@ from dinofast.types import Features, Scores
 D, SIDE, SIZE = 16, 12, (48, 60)
 
 VARIANTS = {
+    "dpmm": [
+        {"n_components": 12, "n_epochs": 3, "batch_size": 2},
+        {"n_components": 8, "n_epochs": 2, "scoring": "mixture", "covariance_type": "spherical"},
+        {
+            "n_components": 8,
+            "n_epochs": 2,
+            "scoring": "mahalanobis",
+            "covariance_type": "full",
+            "reg_covar": 1e-3,
+            "compat": "anomalydino-dpmm",
+        },
+    ],
     "memory_bank": [
         {},
         {"n_neighbors": 3, "metric": "euclidean"},

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from dinofast.models.base import Model
 
-_CLASSES = {"memory_bank": "dinofast.models.memory_bank:MemoryBank"}
+_CLASSES = {
+    "dpmm": "dinofast.models.dpmm:DPMM",
+    "memory_bank": "dinofast.models.memory_bank:MemoryBank",
+}
 
 __all__ = ["create", "load", "names", "restore"]
 

@@ -92,21 +92,9 @@ class Model(ABC):
         Raises:
             InputError: the model is not fitted, D or device differ from the fit's, NaN or infinite features.
         """
-        self.state()
-        check_features(features)
-        tensor = features.tensor
-        if tensor.shape[3] != self.n_channels:
-            raise InputError(
-                f"D differs: {self.name} was fitted on features with D = {self.n_channels}, these have D = "
-                f"{tensor.shape[3]}; use the backbone and layers of the fit."
-            )
-        if tensor.device != self.device:
-            raise InputError(
-                f"{self.name} is on {self.device}, the features on {tensor.device}; move one of them, "
-                f"for instance with model.to({str(tensor.device)!r})."
-            )
+        self._check_scorable(features)
         with torch.no_grad():
-            return self._patch_scores(tensor)
+            return self._patch_scores(features.tensor)
 
     def score(self, features: Features) -> Scores:
         """Score images and their pixels.
@@ -206,6 +194,22 @@ class Model(ABC):
         if not isinstance(model, cls):
             raise ArtifactError(f"{path}: holds a {model.name}, not a {cls.name}; use dinofast.models.load.")
         return model
+
+    def _check_scorable(self, features: Features) -> None:
+        """Raise InputError where `patch_scores` says so."""
+        self.state()
+        check_features(features)
+        tensor = features.tensor
+        if tensor.shape[3] != self.n_channels:
+            raise InputError(
+                f"D differs: {self.name} was fitted on features with D = {self.n_channels}, these have D = "
+                f"{tensor.shape[3]}; use the backbone and layers of the fit."
+            )
+        if tensor.device != self.device:
+            raise InputError(
+                f"{self.name} is on {self.device}, the features on {tensor.device}; move one of them, "
+                f"for instance with model.to({str(tensor.device)!r})."
+            )
 
     @property
     @abstractmethod

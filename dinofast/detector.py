@@ -16,8 +16,9 @@ from dinofast.backbone import Backbone
 from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, InputError
+from dinofast.imaging import HASH_BYTES, digest
 from dinofast.models.base import Model
-from dinofast.stream import HASH_BYTES, Batch, Embedder, digest
+from dinofast.stream import Batch, Embedder
 from dinofast.types import Prediction
 
 if TYPE_CHECKING:

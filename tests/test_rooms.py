@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "models": LEAVES | {"ops", "artifact"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
-    "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "models", "progress", "stream"},
+    "detector": LEAVES
+    | {"artifact", "backbone", "calibrate", "data", "imaging", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},

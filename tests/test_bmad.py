@@ -132,13 +132,15 @@ def test_overlap_is_found_by_content(tmp_path: Path) -> None:
     copy = root / "test/img/good/renamed.tif"
     save(copy, read(root / "valid/img/good/00004_60.png"))
     shutil.copy(root / "train/good/00001_60.png", root / "valid/img/good/x.png")
-    steps: list[tuple[int, int]] = []
-    found = bmad.overlap(bmad.load(root).splits(), lambda done, total: steps.append((done, total)))
-    assert found == {
+    assert bmad.overlap(bmad.load(root).splits()) == {
         "train & valid": [(str(root / "train/good/00001_60.png"), str(root / "valid/img/good/x.png"))],
         "valid & test": [(str(root / "valid/img/good/00004_60.png"), str(copy))],
     }
-    assert steps == [(i, 15) for i in range(1, 16)]
+    assert set(bmad.overlap(bmad.load(root).splits(), lambda _: b"same")) == {
+        "train & valid",
+        "train & test",
+        "valid & test",
+    }
 
 
 def test_the_set_can_be_named(tmp_path: Path) -> None:

@@ -29,12 +29,19 @@ MAY_IMPORT = {
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
+    "published": set(),
+    "protocol": LEAVES
+    | {"calibrate", "data", "detector", "evaluate", "imaging", "metrics", "progress", "published", "stream"},
     "output": LEAVES | {"data", "detector", "figures", "progress"},
     "info": {"errors", "ops"},
     "demo": LEAVES
     | {"backbone", "calibrate", "data", "detector", "evaluate", "figures", "progress", "report"},
+    "scoreboard": LEAVES | {"metrics", "protocol", "report"},
+    "console": LEAVES | {"models", "progress"},
+    "protocol_command": LEAVES
+    | {"backbone", "console", "data", "detector", "metrics", "protocol", "published", "scoreboard"},
     "commands": LEAVES
-    | {"backbone", "data", "demo", "detector", "evaluate", "info", "models", "output", "progress"},
+    | {"backbone", "console", "data", "demo", "detector", "evaluate", "info", "output", "protocol_command"},
     "cli": {"commands"},
     "kernels": set(),
 }

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -221,13 +222,14 @@ def load(
 
 
 def overlap(
-    splits: Mapping[str, Sequence[Sample]], progress: Callable[[int, int], object] | None = None
+    splits: Mapping[str, Sequence[Sample]],
+    fingerprint: Callable[[Sample], bytes] = lambda sample: digest(sample.load()),
 ) -> dict[str, list[tuple[str, str]]]:
     """Find images that occur in two splits, by a hash of their decoded pixels.
 
     Args:
-        splits: name -> images; each is read once, none is kept.
-        progress: called as progress(done, total) after each image.
+        splits: name -> images; by default each is read once, none is kept.
+        fingerprint: gives an image's hash, for callers that know it already.
 
     Returns:
         "first & second" -> pairs of sources with equal pixels, for splits that share any. Of copies within
@@ -237,19 +239,13 @@ def overlap(
         InputError: an image cannot be read.
     """
     holders: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
-    done, total = 0, sum(map(len, splits.values()))
     for split, images in splits.items():
         for sample in images:
-            holders[digest(sample.load())].setdefault(split, sample.source)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+            holders[fingerprint(sample)].setdefault(split, sample.source)
     shared: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     for where in holders.values():
-        names = [split for split in splits if split in where]
-        for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                shared[f"{first} & {second}"].append((where[first], where[second]))
+        for first, second in combinations((split for split in splits if split in where), 2):
+            shared[f"{first} & {second}"].append((where[first], where[second]))
     return {pair: sorted(sources) for pair, sources in sorted(shared.items())}
 
 

@@ -257,6 +257,9 @@ def evaluate(
     save: Annotated[
         Path | None, typer.Option(help="File for the fitted detector.", rich_help_panel=_PANEL)
     ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File that a long fit goes on from.", rich_help_panel=_PANEL)
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(help="Model parameter NAME=VALUE; repeatable.", rich_help_panel=_PANEL),
@@ -306,8 +309,8 @@ def evaluate(
         run_protocol(
             detector, str(root), backbone=backbone, param=param, size=size, layers=layers, shots=shots,
             seed=seed, name=name, masks=masks, labels=labels, map_size=map_size, thresholds=thresholds,
-            regions=regions, against=against, out=out, save=save, batch_size=batch_size, skip_bad=skip_bad,
-            as_json=as_json,
+            regions=regions, against=against, out=out, save=save, checkpoint=checkpoint,
+            batch_size=batch_size, skip_bad=skip_bad, as_json=as_json,
         )  # fmt: skip
         return
     from dinofast import data

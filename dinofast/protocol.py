@@ -5,9 +5,10 @@ Nothing grows with a split but its list of names and one row an image: maps are 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,12 @@ from dinofast.calibrate import PixelCalibrator, Threshold
 from dinofast.data import Sample, bmad
 from dinofast.data.sample import Mask
 from dinofast.errors import InputError
-from dinofast.evaluate import PixelRanking, Ranking, rank
+from dinofast.evaluate import PixelRanking, rank
 from dinofast.imaging import RGB, digest
-from dinofast.metrics import Bounded, PooledDice, RegionOverlap
+from dinofast.metrics import PooledDice, RegionOverlap
 from dinofast.metrics.regions import require_scipy
+from dinofast.models.iterative import IterativeModel
+from dinofast.scoreboard import DiceAt, ImageRow, Report
 from dinofast.stream import Embedder
 
 if TYPE_CHECKING:
@@ -44,94 +47,6 @@ _BINS = 2**22
 _BUDGET = 2**24
 
 
-@dataclass(frozen=True)
-class DiceAt:
-    """Dice where a share `fpr` of normal validation scores would be called anomalous.
-
-    Attributes:
-        fpr: the share asked for.
-        threshold: with the share that came out, on valid.
-        dice: of all test pixels pooled, in [0, 1].
-        test_fpr: share of normal test pixels above the threshold.
-    """
-
-    fpr: float
-    threshold: Threshold
-    dice: float
-    test_fpr: float
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One test image.
-
-    Attributes:
-        source: its path relative to the set.
-        label: 0 normal, 1 anomalous.
-        score: image score.
-        auroc: of its pixels; None unless its mask marks some of them and not all.
-        aupr: likewise.
-    """
-
-    source: str
-    label: int
-    score: float
-    auroc: float | None
-    aupr: float | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `run` found; figures are shares of 1 but for `published`, which is percent.
-
-    Attributes:
-        set: "brain", "liver", "resc" or None.
-        root: the folder.
-        backbone: in one line.
-        model: as it prints.
-        model_bytes: size of what it learned.
-        n_train: images learned.
-        counts: "split/class" -> images.
-        settings: mask rule, labels, size of maps, what the thresholds are quantiles of.
-        notes: what a reader should know of the data: counts that differ, overlap, masks that surprise.
-        overlap: see `dinofast.data.bmad.overlap`.
-        pixel: ranking of all test pixels; its `error` bounds what binning can have cost.
-        pro: per-region overlap up to a false-positive rate of 0.3; None when not asked for.
-        dice: at each rate.
-        image: ranking of image scores; None when there is one label only.
-        image_wise: mean AUROC and AUPR of single images, over those that have both kinds of pixels.
-        published: see `dinofast.published.compared`.
-        seconds: seconds per test image by stage.
-        fit_seconds: likewise per train image; empty for a detector that came fitted.
-        images: one row a test image, in order.
-    """
-
-    set: str | None
-    root: str
-    backbone: str
-    model: str
-    model_bytes: int
-    n_train: int
-    counts: dict[str, int]
-    settings: dict[str, str]
-    notes: list[str]
-    overlap: dict[str, list[tuple[str, str]]]
-    pixel: Ranking
-    pro: Bounded | None
-    dice: list[DiceAt]
-    image: Ranking | None
-    image_wise: dict[str, float] | None
-    published: list[dict[str, Any]] = field(repr=False)
-    seconds: dict[str, float]
-    fit_seconds: dict[str, float]
-    images: list[ImageRow] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as JSON types."""
-        pro = None if self.pro is None else self.pro._asdict()
-        return {"protocol": "bmad", **asdict(replace(self, pro=None)), "pro": pro}
-
-
 def run(
     detector: Detector,
     found: BMAD,
@@ -142,6 +57,7 @@ def run(
     regions: bool = True,
     batch_size: int | None = None,
     skip_bad: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     on_fit: Callable[[], object] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -149,7 +65,8 @@ def run(
 
     Every image and mask is read once before the work begins, so that a bad one stops the run before anything
     is lost, and hashed, so that overlap between splits is known. Thresholds are for each rate the smallest
-    value that at most this share of normal validation scores exceeds; normal means label 0.
+    value that at most this share of normal validation scores exceeds; normal means label 0. A model trained
+    over epochs chooses the best one by the same images.
 
     Args:
         detector: fitted or not.
@@ -160,6 +77,7 @@ def run(
         regions: whether to compute per-region overlap, which needs scipy.
         batch_size: images at a time; None chooses from free memory.
         skip_bad: leave out images that cannot be used, with a warning each.
+        checkpoint: file in which a model trained over epochs keeps its run, and goes on from.
         on_fit: called when the detector is fitted, for instance to save it before test is scored.
         progress: called as progress(stage, done, total).
 
@@ -194,9 +112,14 @@ def run(
     shared = bmad.overlap(
         {"train": learned, "valid": valid, "test": test}, lambda sample: census.hashes[sample.source]
     )
+    notes = [*_count_notes(found), *_overlap_notes(shared), *_mask_notes(found, census, test)]
+    notes += _seen_notes(detector, census, {"valid": valid, "test": test})
     fit_seconds: dict[str, float] = {}
     if not detector.model.is_fitted:
-        detector.fit(learned, batch_size=batch_size, progress=progress)
+        held_back = normal if isinstance(detector.model, IterativeModel) else None
+        detector.fit(
+            learned, validation=held_back, checkpoint=checkpoint, batch_size=batch_size, progress=progress
+        )
         fit_seconds = detector.seconds
         if on_fit is not None:
             on_fit()
@@ -220,7 +143,7 @@ def run(
             "map_size": map_size,
             "threshold_from": threshold_from,
         },
-        notes=[*_count_notes(found), *_overlap_notes(shared), *_mask_notes(found, census, test)],
+        notes=notes,
         overlap=shared,
         image=rank(scores, labels) if both else None,
         image_wise=_image_wise(rows),
@@ -393,3 +316,10 @@ def _mask_notes(found: BMAD, census: _Census, test: Sequence[Sample]) -> Iterato
         yield f"{marked} test images of label 0 have a mask that marks something"
     if found.lone_masks:
         yield f"{len(found.lone_masks)} masks have no image, {found.lone_masks[0]} among them"
+
+
+def _seen_notes(detector: Detector, census: _Census, splits: dict[str, list[Sample]]) -> Iterator[str]:
+    """Say what a detector that came fitted has learned of the images it is judged by."""
+    for split, images in splits.items():
+        if known := [s.source for s in images if census.hashes[s.source] in detector.seen]:
+            yield f"the detector has learned {len(known)} images of {split}, {known[0]} among them"

@@ -22,7 +22,7 @@ from dinofast.files import check_writable
 
 if TYPE_CHECKING:
     from dinofast.metrics import PairedTest
-    from dinofast.protocol import Report
+    from dinofast.scoreboard import Report
 
 
 def run(
@@ -44,6 +44,7 @@ def run(
     against: Path | None,
     out: Path | None,
     save: Path | None,
+    checkpoint: Path | None,
     batch_size: int | None,
     skip_bad: bool,
     as_json: bool,
@@ -68,6 +69,7 @@ def run(
         against: JSON of another run, for the paired test.
         out: JSON file to write.
         save: file for the fitted detector.
+        checkpoint: file that a fit over epochs goes on from.
         batch_size: images at a time.
         skip_bad: leave out files that cannot be used.
         as_json: print JSON instead of tables.
@@ -81,7 +83,8 @@ def run(
     from dinofast.detector import Detector
 
     saved = model.endswith(".safetensors")
-    given = {"--param": param, "--size": size, "--layers": layers, "--shots": shots, "--save": save}
+    given: dict[str, object] = {"--param": param, "--size": size, "--layers": layers, "--shots": shots}
+    given |= {"--save": save, "--checkpoint": checkpoint}
     if saved and (unused := [option for option, value in given.items() if value is not None]):
         raise typer.BadParameter(f"{', '.join(unused)}: {model} is fitted already; give a model by name")
     for path in filter(None, (out, save)):
@@ -106,6 +109,7 @@ def run(
             regions=regions,
             batch_size=batch_size,
             skip_bad=skip_bad,
+            checkpoint=checkpoint,
             on_fit=None if save is None else lambda: detector.save(save),
             progress=progress,
         )

@@ -1,23 +1,110 @@
-"""What is said of a protocol run: tables for people, and the paired test against another saved run."""
+"""What a protocol run found: as JSON, as tables, and in the paired test against another saved run."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dinofast.calibrate import Threshold
 from dinofast.errors import InputError
+from dinofast.evaluate import Ranking
 from dinofast.files import replacing
-from dinofast.metrics import PairedTest, paired_permutation
+from dinofast.metrics import Bounded, PairedTest, paired_permutation
 from dinofast.report import Table
 
-if TYPE_CHECKING:
-    from dinofast.protocol import Report
-
 _SETTINGS = ("mask_rule", "map_size")
+
+
+@dataclass(frozen=True)
+class DiceAt:
+    """Dice where a share `fpr` of normal validation scores would be called anomalous.
+
+    Attributes:
+        fpr: the share asked for.
+        threshold: with the share that came out, on valid.
+        dice: of all test pixels pooled, in [0, 1].
+        test_fpr: share of normal test pixels above the threshold.
+    """
+
+    fpr: float
+    threshold: Threshold
+    dice: float
+    test_fpr: float
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One test image.
+
+    Attributes:
+        source: its path relative to the set.
+        label: 0 normal, 1 anomalous.
+        score: image score.
+        auroc: of its pixels; None unless its mask marks some of them and not all.
+        aupr: likewise.
+    """
+
+    source: str
+    label: int
+    score: float
+    auroc: float | None
+    aupr: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `dinofast.protocol.run` found; figures are shares of 1 but for `published`, which is percent.
+
+    Attributes:
+        set: "brain", "liver", "resc" or None.
+        root: the folder.
+        backbone: in one line.
+        model: as it prints.
+        model_bytes: size of what it learned.
+        n_train: images learned.
+        counts: "split/class" -> images.
+        settings: mask rule, labels, size of maps, what the thresholds are quantiles of.
+        notes: what a reader should know of the data: counts that differ, overlap, masks that surprise.
+        overlap: see `dinofast.data.bmad.overlap`.
+        pixel: ranking of all test pixels; its `error` bounds what binning can have cost.
+        pro: per-region overlap up to a false-positive rate of 0.3; None when not asked for.
+        dice: at each rate.
+        image: ranking of image scores; None when there is one label only.
+        image_wise: mean AUROC and AUPR of single images, over those that have both kinds of pixels.
+        published: see `dinofast.published.compared`.
+        seconds: seconds per test image by stage.
+        fit_seconds: likewise per train image; empty for a detector that came fitted.
+        images: one row a test image, in order.
+    """
+
+    set: str | None
+    root: str
+    backbone: str
+    model: str
+    model_bytes: int
+    n_train: int
+    counts: dict[str, int]
+    settings: dict[str, str]
+    notes: list[str]
+    overlap: dict[str, list[tuple[str, str]]]
+    pixel: Ranking
+    pro: Bounded | None
+    dice: list[DiceAt]
+    image: Ranking | None
+    image_wise: dict[str, float] | None
+    published: list[dict[str, Any]] = field(repr=False)
+    seconds: dict[str, float]
+    fit_seconds: dict[str, float]
+    images: list[ImageRow] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as JSON types."""
+        pro = None if self.pro is None else self.pro._asdict()
+        return {"protocol": "bmad", **asdict(replace(self, pro=None)), "pro": pro}
 
 
 def write(

@@ -21,11 +21,16 @@ class Features:
         tensor: patch features (B, h, w, D), floating point, not normalized.
         cls: class token (B, D), or None where the backbone has none.
         image_size: (H, W) in pixels at which a map of these images is wanted.
+        intensity: mean gray of the pixels under each patch (B, h, w) in [0, 1], for foreground rules; None
+            where nobody asked for it.
+        masks: (B, H, W) bool, True where a pixel is abnormal; None where it is not known.
     """
 
     tensor: Tensor
     cls: Tensor | None
     image_size: tuple[int, int]
+    intensity: Tensor | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.tensor.shape[0])

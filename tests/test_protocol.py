@@ -21,8 +21,10 @@ from dinofast.backbone import Backbone
 from dinofast.data import Sample, bmad
 from dinofast.errors import BadFilesError, InputError
 from dinofast.metrics import RegionOverlap
-from dinofast.protocol import Report
+from dinofast.models.iterative import IterativeModel
+from dinofast.scoreboard import Report
 from dinofast.stream import Embedder
+from dinofast.types import Scores
 
 LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
 
@@ -159,6 +161,54 @@ def test_notes_say_what_surprises(lite0: Backbone, tmp_path: Path) -> None:
         "1 masks have no image, test/label/Ungood/lone.png among them",
     ]
     assert list(found.overlap) == ["valid & test"]
+
+
+def test_a_detector_that_has_seen_the_test_is_told(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0).fit([*found.train, found.test[1], found.valid[0]])
+    notes = protocol.run(detector, found, regions=False).notes
+    assert notes[1:] == [
+        f"the detector has learned 1 images of valid, {found.valid[0].source} among them",
+        f"the detector has learned 1 images of test, {found.test[1].source} among them",
+    ]
+
+
+class Chooser(IterativeModel):
+    """A toy that learns the mean of train and of validation, the latter as what it would choose epochs by."""
+
+    name = "chooser"
+
+    def _train(self, train: Any, validation: Any, checkpoint: Any, progress: Any) -> dict[str, torch.Tensor]:
+        return {"mean": torch.stack([s.rows(range(len(s))).mean(0) for s in (train, validation)])}
+
+    @property
+    def n_channels(self) -> int:
+        return self.state()["mean"].shape[1]
+
+    def _merged(self, other: Any) -> Any: ...
+
+    def _check_state(self, state: Any) -> None: ...
+
+    def _patch_scores(self, tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor - self.state()["mean"][0]).norm(dim=3)
+
+    def _summarize(self, patches: torch.Tensor, image_size: tuple[int, int]) -> Scores:
+        maps = torch.nn.functional.interpolate(patches[:, None], image_size, mode="bilinear")[:, 0]
+        return Scores(patches.amax((1, 2)), maps)
+
+
+def test_a_model_of_epochs_chooses_by_normal_validation_images(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0, Chooser())
+    report = protocol.run(detector, found, regions=False)
+    assert (report.model, report.n_train) == ("Chooser()", 3)
+    assert not any(row["same_model"] for row in report.published)
+    normal = [s for s in found.valid if s.label == 0]
+    batches = Embedder(lite0).batches(normal, "x")
+    mean = torch.cat([b.features.tensor.flatten(0, 2) for b in batches]).mean(0)
+    torch.testing.assert_close(detector.model.state()["mean"][1], mean, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="validation and checkpoint are for models trained over epochs"):
+        protocol.run(Detector(lite0), found, checkpoint=brain / "never", regions=False)
 
 
 def test_counts_that_agree_are_said(lite0: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,22 +21,26 @@ MAY_IMPORT = {
     "metrics": LEAVES,
     "data": LEAVES | {"imaging"},
     "backbone": LEAVES | {"imaging"},
-    "models": LEAVES | {"ops", "artifact"},
+    "models": LEAVES | {"ops", "artifact", "progress"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
+    "interop": LEAVES,
+    "drop_in": LEAVES | {"interop", "models", "ops"},
+    "cross_fit": LEAVES | {"data", "models"},
     "detector": LEAVES
-    | {"artifact", "backbone", "calibrate", "data", "imaging", "models", "progress", "stream"},
+    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "imaging", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
     "published": set(),
+    "scoreboard": LEAVES | {"calibrate", "evaluate", "metrics", "report"},
     "protocol": LEAVES
-    | {"calibrate", "data", "detector", "evaluate", "imaging", "metrics", "progress", "published", "stream"},
+    | {"calibrate", "data", "detector", "evaluate", "imaging", "metrics", "models", "progress", "published"}
+    | {"scoreboard", "stream"},
     "output": LEAVES | {"data", "detector", "figures", "progress"},
     "info": {"errors", "ops"},
     "demo": LEAVES
     | {"backbone", "calibrate", "data", "detector", "evaluate", "figures", "progress", "report"},
-    "scoreboard": LEAVES | {"metrics", "protocol", "report"},
     "console": LEAVES | {"models", "progress"},
     "protocol_command": LEAVES
     | {"backbone", "console", "data", "detector", "metrics", "protocol", "published", "scoreboard"},

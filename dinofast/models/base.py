@@ -1,8 +1,8 @@
 """What every model is: learns from normal features, stream-wise, then scores features; higher is abnormal.
 
-A subclass stores its constructor arguments unchanged under their own names and writes six methods: `_learn`,
-`_merged`, `_check_state`, `_patch_scores`, `_summarize` and `n_channels`. What it learns is a dictionary of
-tensors, replaced as a whole and only when complete: a fit that fails half way changes nothing.
+A subclass stores its constructor arguments unchanged under their own names and writes `_learn`,
+`_check_state`, `_patch_scores`, `_summarize`, `n_channels` and, where it merges, `_merged`. What it learns is
+a dictionary of tensors, replaced as a whole and only when complete: a failed fit changes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Model(ABC):
 
     name: ClassVar[str]
     """The name that `dinofast.models.create` knows."""
+    merges: ClassVar[bool] = True
+    """Whether models of parts can be merged into the model of the whole."""
+    order_free: ClassVar[bool] = True
+    """Whether the order of the images leaves scores as they are, but for rounding."""
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
@@ -131,8 +135,11 @@ class Model(ABC):
             The model itself, on its own device. When an error is raised, the model is as it was.
 
         Raises:
-            InputError: another class, other parameters, another D, or one of the two is not fitted.
+            InputError: another class, other parameters, another D, one of the two is not fitted, or a kind of
+                model that does not merge.
         """
+        if not self.merges:
+            raise InputError(f"a {self.name} cannot be merged; fit one on all images instead.")
         if type(other) is not type(self):
             raise InputError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
         theirs = other.params()
@@ -209,9 +216,9 @@ class Model(ABC):
     def _learn(self, features: Iterator[Features]) -> dict[str, Tensor]:
         """Turn checked batches into a state; must not touch the present one."""
 
-    @abstractmethod
     def _merged(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Join the present state with another on the same device."""
+        """Join the present state with another on the same device, where `merges`."""
+        raise NotImplementedError
 
     @abstractmethod
     def _check_state(self, state: Mapping[str, Tensor]) -> None:

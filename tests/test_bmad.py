@@ -93,6 +93,12 @@ def test_mask_rules_on_colored_levels(tmp_path: Path) -> None:
         assert sample.path.name == file.name
         np.testing.assert_array_equal(sample.mask(), expected)
     stored = stored.copy()
+    stored[0, :3, :3] = [[254], [255], [200]]  # one level below the top is not the top
+    save(file, stored)
+    np.testing.assert_array_equal(
+        bmad.load(root, mask_rule="255").test[2].mask()[0, :3],  # type: ignore[index]
+        [False, True, False],
+    )
     stored[..., :3] = 0
     save(file, stored)
     assert not bmad.load(root).test[2].mask().any()  # type: ignore[union-attr]

@@ -17,9 +17,10 @@ from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
 from dinofast.cross_fit import models_of_the_others, n_passes, runs_of_neighbors
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, InputError
+from dinofast.imaging import HASH_BYTES, digest
 from dinofast.models.base import Model
 from dinofast.models.iterative import IterativeModel
-from dinofast.stream import HASH_BYTES, Batch, Embedder, digest
+from dinofast.stream import Batch, Embedder
 from dinofast.types import Features, Prediction
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class Detector:
     def seconds(self) -> dict[str, float]:
         """Seconds per image of the last run by stage: read, preprocess, backbone, model."""
         return self._embedder.per_image()
+
+    @property
+    def seen(self) -> frozenset[bytes]:
+        """Digests of the images learned, see `dinofast.imaging.digest`."""
+        return self._seen
 
     def check(self, images: Any, *, skip_bad: bool = False, progress: Progress | None = None) -> list[Sample]:
         """Read every image and mask once, so that a bad one is known before any work is lost.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +16,13 @@ from dinofast import data
 from dinofast.backbone import Backbone
 from dinofast.data import Sample
 from dinofast.errors import InputError
-from dinofast.imaging import RGB, rotations
+from dinofast.imaging import RGB, digest, rotations
 from dinofast.types import Features
 
 if TYPE_CHECKING:
     from dinofast.progress import Progress
 
 STAGES = ("read", "preprocess", "backbone", "model")
-HASH_BYTES = 16
 _LOG = logging.getLogger("dinofast.detector")
 
 
@@ -171,10 +168,3 @@ def _free_memory() -> int:
     table = Path("/proc/meminfo")
     lines = table.read_text(encoding="ascii").splitlines() if table.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**31)
-
-
-def digest(image: RGB) -> bytes:
-    """Hash decoded pixels, so that a renamed or losslessly re-encoded copy is still known."""
-    found = hashlib.blake2b(str(image.shape).encode(), digest_size=HASH_BYTES)
-    found.update(np.ascontiguousarray(image).data)
-    return found.digest()

@@ -13,7 +13,7 @@ from dinofast.types import Features, Scores
 
 D, SIDE, SIZE = 16, 12, (48, 60)
 
-TINY_AR = {"n_layers": 2, "hidden": 8, "n_epochs": 12, "batch_size": 4, "learning_rate": 0.03}
+BRIEF = {"n_layers": 2, "n_epochs": 40, "batch_size": 4, "learning_rate": 0.02}
 VARIANTS = {
     "memory_bank": [
         {},
@@ -22,9 +22,9 @@ VARIANTS = {
         {"masking": True, "mask_threshold": 5.0, "mask_references": True},
     ],
     "spatial_ar": [
-        {**TINY_AR, "dilations": 4},
-        {**TINY_AR, "dilations": [1, 2], "direction": "mean", "loss": "cosine", "dropout": 0.1},
-        {**TINY_AR, "dilations": 2, "mode": "bidirectional", "direction": "min", "clip_norm": 1.0},
+        {**BRIEF, "dilations": 1, "hidden": 128},
+        {**BRIEF, "dilations": [1, 2], "hidden": 32, "direction": "mean"},
+        {**BRIEF, "mode": "bidirectional", "direction": "min", "hidden": 8, "n_epochs": 12, "clip_norm": 1.0},
     ],
 }
 CASES = [(name, params) for name in models.names() for params in VARIANTS.get(name, [{}])]

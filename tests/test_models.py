@@ -13,12 +13,18 @@ from dinofast.types import Features, Scores
 
 D, SIDE, SIZE = 16, 12, (48, 60)
 
+BRIEF = {"n_layers": 2, "n_epochs": 40, "batch_size": 4, "learning_rate": 0.02}
 VARIANTS = {
     "memory_bank": [
         {},
         {"n_neighbors": 3, "metric": "euclidean"},
         {"compat": "anomalib", "n_neighbors": 2},
         {"masking": True, "mask_threshold": 5.0, "mask_references": True},
+    ],
+    "spatial_ar": [
+        {**BRIEF, "dilations": 1, "hidden": 128},
+        {**BRIEF, "dilations": [1, 2], "hidden": 32, "direction": "mean"},
+        {**BRIEF, "mode": "bidirectional", "direction": "min", "hidden": 8, "n_epochs": 12, "clip_norm": 1.0},
     ],
 }
 CASES = [(name, params) for name in models.names() for params in VARIANTS.get(name, [{}])]

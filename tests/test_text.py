@@ -132,7 +132,7 @@ def test_a_whole_clip_gives_its_text_tower(folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["", "  ", "...", " brain", "brain\n", None, 3])
 def test_a_name_that_gives_no_sentence_is_refused(folder: Path, name: object) -> None:
-    with pytest.raises(InputError, match="class name .*give a noun"):
+    with pytest.raises(InputError, match=r"class name .*give a noun"):
         text.load(folder).vectors([name])  # type: ignore[list-item]
 
 
@@ -274,7 +274,7 @@ def test_vectors_that_do_not_fit_together(vectors, tower: str, message: str, tmp
 
 def test_a_file_without_its_tower_and_another_kind_of_file(tmp_path: Path) -> None:
     artifact.write(tmp_path / "odd", "text", {"a": unit(2, 5)}, {})
-    with pytest.raises(ArtifactError, match="odd: does not hold together .'tower'"):
+    with pytest.raises(ArtifactError, match=r"odd: does not hold together .'tower'"):
         TextVectors.load(tmp_path / "odd")
     artifact.write(tmp_path / "model", "model", {"a": unit(2, 5)}, {})
     with pytest.raises(ArtifactError, match="holds a model, not a text"):

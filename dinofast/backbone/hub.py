@@ -102,7 +102,7 @@ def text_tower(folder: Path) -> tuple[Any, Any]:
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not pair and not (folder / "tokenizer.json").is_file():
         raise BackboneError(
-            f"{folder}: holds no tokenizer; put vocab.json and merges.txt, or tokenizer.json, beside the weights"
+            f"{folder}: holds no tokenizer; put vocab.json and merges.txt, or tokenizer.json, beside it"
         )
     transformers = _transformers()
     tower = transformers.CLIPTextModelWithProjection
@@ -126,7 +126,7 @@ def _model_type(folder: Path, known: Sequence[str]) -> str:
         ) from error
     if model_type not in known:
         raise BackboneError(
-            f"{folder}: model_type is {model_type!r}; dinofast loads {', '.join(known)} here: give one of those"
+            f"{folder}: model_type is {model_type!r}; dinofast loads {', '.join(known)} here: give such a one"
         )
     return str(model_type)
 

@@ -168,8 +168,8 @@ def load(
         folder = hub.folder_of(source, token, _FILES, _WEIGHTS, _TOKENS)
     else:
         raise BackboneError(
-            f"{source}: no such folder; give a folder of a CLIP model with its tokenizer, or a hub id such as "
-            "openai/clip-vit-large-patch14-336"
+            f"{source}: no such folder; give a folder of a CLIP model with its tokenizer, or a hub id such "
+            "as openai/clip-vit-large-patch14-336"
         )
     model, tokenizer = hub.text_tower(folder)
     return TextTower(model, tokenizer, source, device)

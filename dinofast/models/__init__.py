@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from dinofast.models.base import Model
 
-_CLASSES = {"memory_bank": "dinofast.models.memory_bank:MemoryBank"}
+_CLASSES = {
+    "memory_bank": "dinofast.models.memory_bank:MemoryBank",
+    "zero_shot": "dinofast.models.zero_shot:ZeroShot",
+}
 
 __all__ = ["create", "load", "names", "restore"]
 

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "models": LEAVES | {"ops", "artifact", "progress", "text_vectors"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
-    "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "models", "progress", "stream"},
+    "cross_fit": LEAVES | {"data", "models"},
+    "detector": LEAVES
+    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},

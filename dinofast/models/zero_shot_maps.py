@@ -25,8 +25,9 @@ def standardized(tensor: Tensor) -> Tensor:
         (B, h, w, D), float32.
     """
     rows = tensor.float().flatten(1, 2)
-    deviation, mean = torch.std_mean(rows, dim=1, keepdim=True)
-    return ((rows - mean) / (deviation + 1e-6)).view(tensor.shape)
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    deviation = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / (rows.shape[1] - 1) ** 0.5
+    return (rows / (deviation + 1e-6)).view(tensor.shape)
 
 
 def adapted(tokens: Tensor, weights: Tensor) -> Tensor:

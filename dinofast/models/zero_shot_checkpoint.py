@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     found = _loaded(Path(path))
     if not isinstance(found, Mapping) or set(found) != set(PARTS):
-        names = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
+        names = ", ".join(sorted(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
         raise ArtifactError(
             f"{path}: not a checkpoint of AD-DINOv3's adapters, which holds {', '.join(sorted(PARTS))}; "
             f"this holds {names}"

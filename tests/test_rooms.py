@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "models": LEAVES | {"ops", "artifact", "progress", "text_vectors"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
+    "interop": LEAVES,
+    "drop_in": LEAVES | {"interop", "models", "ops"},
     "cross_fit": LEAVES | {"data", "models"},
     "detector": LEAVES
     | {"artifact", "backbone", "calibrate", "cross_fit", "data", "models", "progress", "stream"},

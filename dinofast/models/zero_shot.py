@@ -68,6 +68,10 @@ class ZeroShot(IterativeModel):
     the awareness map (the published code has one layer), and the prompts of that figure. The adapters start
     as torch's linear layers do.
 
+    Attributes:
+        history: of the last fit, a row an epoch: the awareness, cross-modal and global losses, their weighted
+            total, and the total over the validation images where there are any; not saved.
+
     Raises:
         InputError: a parameter out of range.
 
@@ -106,8 +110,7 @@ class ZeroShot(IterativeModel):
                 raise InputError(f"{name} must be a whole number, at least 1, got {value!r}")
         if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
             raise InputError(
-                f"learning_rate must be above 0 and weight_decay at least 0, got {learning_rate} and "
-                f"{weight_decay}"
+                f"learning_rate must be above 0, weight_decay at least 0, got {learning_rate} and {weight_decay}"
             )
         if image_score not in IMAGE_SCORES:
             raise InputError(f"unknown image_score {image_score!r}; one of {', '.join(IMAGE_SCORES)}")
@@ -126,8 +129,6 @@ class ZeroShot(IterativeModel):
         self.seed = seed
         self.compat = compat
         self.history: list[list[float]] = []
-        """Of the last fit, one row an epoch: the means of the awareness, cross-modal and global losses, their
-        weighted total, and the total over the validation images where there are any. Not saved."""
         self._matrices: tuple[Mapping[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     @classmethod
@@ -192,10 +193,7 @@ class ZeroShot(IterativeModel):
         return [name.removeprefix(_CLASS) for name in self.state() if name.startswith(_CLASS)]
 
     def add_text(self, text: TextVectors | str | os.PathLike[str]) -> Self:
-        """Add classes to a fitted model; a class that it has gets the new vectors.
-
-        Args:
-            text: text vectors, or the file of them, of the tower of the fit.
+        """Add classes, of vectors or a file of them, to a fitted model; known classes get the new vectors.
 
         Returns:
             The model itself.
@@ -230,8 +228,7 @@ class ZeroShot(IterativeModel):
     def patch_scores(self, features: Features) -> Tensor:
         """Score every patch: the abnormal channel of the softmax, without interpolation.
 
-        Args:
-            features: see `score`; class tokens are not needed.
+        Class tokens are not needed.
 
         Returns:
             (B, h, w), float32, in [0, 1]; higher is more abnormal.
@@ -277,10 +274,7 @@ class ZeroShot(IterativeModel):
 
     @torch.no_grad()
     def awareness_map(self, features: Features) -> Tensor:
-        """Show what the anomaly-aware calibration attends to: sigmoid(10 p·q), averaged over the taps.
-
-        Returns:
-            (B, H, W), float32, in (0, 1); it takes no part in scores.
+        """Show sigmoid(10 p·q), averaged over the taps: (B, H, W), float32; it takes no part in scores.
 
         Raises:
             InputError: see `score`.
@@ -377,7 +371,8 @@ class ZeroShot(IterativeModel):
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
-        taps, width, channels = state["patch_adapter"].shape if _is_cube(state) else (0, 0, 0)
+        cube = state.get("patch_adapter", torch.empty(0))
+        taps, width, channels = cube.shape if cube.dim() == 3 else (0, 0, 0)
         wanted: dict[str, Any] = {
             "patch_adapter": (torch.float32, (self.n_taps, width, channels)),
             "cls_adapter": (torch.float32, (self.n_taps, width, channels)),
@@ -393,10 +388,6 @@ class ZeroShot(IterativeModel):
                 "cls_adapter (taps, E, d), text_adapter (2, E, E), tower (32,) and text vectors (2, E) of "
                 f"its classes; this holds {listed or 'nothing'}"
             )
-
-
-def _is_cube(state: Mapping[str, Tensor]) -> bool:
-    return "patch_adapter" in state and state["patch_adapter"].dim() == 3
 
 
 def _as_state(vectors: TextVectors) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def standardized(tensor: Tensor) -> Tensor:
     """
     rows = tensor.float().flatten(1, 2)
     rows = rows - rows.mean(dim=1, keepdim=True)
-    deviation = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / (rows.shape[1] - 1) ** 0.5
+    deviation: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / (rows.shape[1] - 1) ** 0.5
     return (rows / (deviation + 1e-6)).view(tensor.shape)
 
 

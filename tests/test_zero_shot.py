@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,44 +172,77 @@ def total_loss(weights, batches, pairs, interleaved):
     return np.mean(terms, axis=0)
 
 
-@pytest.mark.parametrize("compat", [None, "ad-dinov3"])
-def test_training_follows_the_equations(compat, text_file) -> None:
-    """Losses and AdamW in NumPy, gradients by central differences; two classes, two sizes, one batch."""
+def slopes(weights, loss):
+    """Differentiate by central differences; `weights` are changed in place and put back."""
+    found = {name: np.zeros_like(w) for name, w in weights.items()}
+    for name, w in weights.items():
+        for at in np.ndindex(w.shape):
+            kept, sides = w[at], []
+            for shift in (1e-6, -1e-6):
+                w[at] = kept + shift
+                sides.append(loss())
+            w[at] = kept
+            found[name][at] = (sides[0] - sides[1]) / 2e-6
+    return found
+
+
+@pytest.mark.parametrize(("compat", "dealt"), [(None, [[0, 1, 2, 3]]), ("ad-dinov3", [[0, 3, 1], [2]])])
+def test_training_follows_the_equations(compat, dealt, text_file, monkeypatch) -> None:
+    """Losses and AdamW in NumPy, gradients by central differences; two classes, two sizes, uneven batches."""
+    monkeypatch.setattr(zero_shot_training.TruthStore, "batches", lambda *_: iter(dealt))
     batches = [images(2), images(2, seed=5, grid=(2, 3), size=(5, 4), class_name="lung")]
-    rate, decay, steps = 1e-3, 0.1, 3
-    model = ZeroShot(
-        "object",
-        text_file,
-        TAPS,
-        n_epochs=steps,
-        learning_rate=rate,
-        weight_decay=decay,
-        seed=3,
-        compat=compat,
-    ).fit(batches)
+    single = [
+        replace(batch, tensor=batch.tensor[i : i + 1], cls=batch.cls[i : i + 1], masks=batch.masks[i : i + 1])
+        for batch in batches
+        for i in range(2)
+    ]
+    rate, decay, epochs = 1e-3, 0.1, 3
+    params = {"n_epochs": epochs, "batch_size": len(dealt[0]), "learning_rate": rate, "weight_decay": decay}
+    model = ZeroShot("object", text_file, TAPS, seed=3, compat=compat, **params).fit(batches)
     pairs, share = doubles(text().vectors), np.array([0.25, 0.5, 0.25])
     weights = doubles(zero_shot_training.initial(TAPS, WIDTH, CHANNELS, 3))
     first, second = ({name: np.zeros_like(w) for name, w in weights.items()} for _ in range(2))
-    for step in range(1, steps + 1):
-        terms = total_loss(weights, batches, pairs, compat is not None)
-        np.testing.assert_allclose(model.history[step - 1], [*terms, share @ terms], rtol=1e-5)
-        gradients = {}
-        for name, w in weights.items():
-            gradients[name] = np.zeros_like(w)
-            for at in np.ndindex(w.shape):
-                kept, sides = w[at], []
-                for shift in (1e-6, -1e-6):
-                    w[at] = kept + shift
-                    sides.append(share @ total_loss(weights, batches, pairs, compat is not None))
-                w[at] = kept
-                gradients[name][at] = (sides[0] - sides[1]) / 2e-6
-        for name, g in gradients.items():
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.999 * second[name] + 0.001 * g**2
-            mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
-            weights[name] = weights[name] * (1 - rate * decay) - rate * mean / (np.sqrt(square) + 1e-8)
+    step = 0
+    for epoch in range(epochs):
+        sums = np.zeros(3)
+        for numbers in dealt:
+            step += 1
+            taken = [single[i] for i in numbers]
+            sums += total_loss(weights, taken, pairs, compat is not None) * len(taken)
+            gradients = slopes(
+                weights, lambda taken=taken: share @ total_loss(weights, taken, pairs, compat is not None)
+            )
+            for name, g in gradients.items():
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.999 * second[name] + 0.001 * g**2
+                mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
+                weights[name] = weights[name] * (1 - rate * decay) - rate * mean / (np.sqrt(square) + 1e-8)
+        np.testing.assert_allclose(model.history[epoch], [*sums / 4, share @ sums / 4], rtol=1e-5)
     for name, w in weights.items():
         np.testing.assert_allclose(model.state()[name], w, atol=1e-5)
+
+
+def test_every_epoch_of_every_seed_is_shuffled_anew(text_file, monkeypatch) -> None:
+    seen = []
+    deal = zero_shot_training.TruthStore.batches
+    monkeypatch.setattr(
+        zero_shot_training.TruthStore,
+        "batches",
+        lambda store, size, seed: seen.append(list(deal(store, size, seed))) or iter(seen[-1]),
+    )
+    for seed in (0, 1):
+        ZeroShot("object", text_file, TAPS, n_epochs=3, batch_size=4, seed=seed).fit([images(9)])
+    assert all(sorted(sum(batches, [])) == list(range(9)) for batches in seen)
+    assert len({str(batches) for batches in seen}) == 6
+
+
+def test_patches_are_standardized_without_bias() -> None:
+    tensor = random(2, 3, 4, 5)
+    rows = tensor.double().numpy().reshape(2, 12, 5)
+    expected = (rows - rows.mean(1, keepdims=True)) / (rows.std(1, ddof=1, keepdims=True) + 1e-6)
+    found = zero_shot_maps.standardized(tensor)
+    np.testing.assert_allclose(found.numpy().reshape(2, 12, 5), expected, atol=1e-6)
+    assert torch.equal(tensor, random(2, 3, 4, 5))
 
 
 def test_gradients_reach_every_adapter() -> None:

@@ -110,7 +110,8 @@ class ZeroShot(IterativeModel):
                 raise InputError(f"{name} must be a whole number, at least 1, got {value!r}")
         if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
             raise InputError(
-                f"learning_rate must be above 0, weight_decay at least 0, got {learning_rate} and {weight_decay}"
+                "learning_rate must be above 0, weight_decay at least 0, "
+                f"got {learning_rate} and {weight_decay}"
             )
         if image_score not in IMAGE_SCORES:
             raise InputError(f"unknown image_score {image_score!r}; one of {', '.join(IMAGE_SCORES)}")

@@ -27,7 +27,7 @@ def standardized(tensor: Tensor) -> Tensor:
     rows = tensor.float().flatten(1, 2)
     rows = rows - rows.mean(dim=1, keepdim=True)
     deviation: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / (rows.shape[1] - 1) ** 0.5
-    return (rows / (deviation + 1e-6)).view(tensor.shape)
+    return rows.div_(deviation + 1e-6).view(tensor.shape)
 
 
 def adapted(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ def adapted(tokens: Tensor, weights: Tensor) -> Tensor:
         (L, R, E) for R tokens, not normalized.
     """
     taps, _, width = weights.shape
-    return F.leaky_relu(tokens.reshape(-1, taps, width).transpose(0, 1) @ weights.mT, SLOPE)
+    products = tokens.reshape(-1, taps, width).transpose(0, 1) @ weights.mT
+    return F.leaky_relu(products, SLOPE, inplace=True)
 
 
 def text_matrix(pairs: Tensor, weights: Tensor, interleaved: bool) -> Tensor:

@@ -232,7 +232,7 @@ def test_every_epoch_of_every_seed_is_shuffled_anew(text_file, monkeypatch) -> N
     )
     for seed in (0, 1):
         ZeroShot("object", text_file, TAPS, n_epochs=3, batch_size=4, seed=seed).fit([images(9)])
-    assert all(sorted(sum(batches, [])) == list(range(9)) for batches in seen)
+    assert all(sorted(i for images in batches for i in images) == list(range(9)) for batches in seen)
     assert len({str(batches) for batches in seen}) == 6
 
 

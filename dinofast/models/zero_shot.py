@@ -34,8 +34,9 @@ class ZeroShot(IterativeModel):
     """Score a patch by whether it is more like "a damaged X" than like "a flawless X".
 
     Small adapters bring patch and class tokens of several blocks, and the text vectors of a class, into one
-    space. They are trained once, on images with masks of any industrial set, or loaded as published
-    (`from_checkpoint`); then any class that has text vectors is scored without images of its own.
+    space. They are trained once, on images of any industrial set, or loaded as published (`from_checkpoint`);
+    then any class that has text vectors is scored without images of its own. `fit` wants normal and abnormal
+    images, each batch with `Features.masks`, `cls` and, where it is another than ours, its `class_name`.
 
     For each tap, patch tokens are standardized per image and channel, adapted and brought to unit length p;
     class tokens likewise to q, without the standardization. Map: the abnormal channel of softmax(100 p T),

@@ -26,7 +26,8 @@ def standardized(tensor: Tensor) -> Tensor:
     """
     rows = tensor.float().flatten(1, 2)
     rows = rows - rows.mean(dim=1, keepdim=True)
-    deviation: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / (rows.shape[1] - 1) ** 0.5
+    # torch.std and vector_norm over this dimension take ten times as long on a CPU
+    deviation = (rows.square().sum(dim=1, keepdim=True) / (rows.shape[1] - 1)).sqrt()
     return rows.div_(deviation + 1e-6).view(tensor.shape)
 
 

@@ -24,6 +24,7 @@ class Features:
         intensity: mean gray of the pixels under each patch (B, h, w) in [0, 1], for foreground rules; None
             where nobody asked for it.
         masks: (B, H, W) bool, True where a pixel is abnormal; None where it is not known.
+        class_name: what the images show, such as "brain", for models that read texts; None leaves it to them.
     """
 
     tensor: Tensor
@@ -31,6 +32,7 @@ class Features:
     image_size: tuple[int, int]
     intensity: Tensor | None = None
     masks: Tensor | None = None
+    class_name: str | None = None
 
     def __len__(self) -> int:
         return int(self.tensor.shape[0])

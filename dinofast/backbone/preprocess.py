@@ -117,6 +117,29 @@ class Preprocess:
         """
         return normalize(self.resized(image, name))
 
+    def mask(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return a mask (H, W) resized and cropped as its image is.
+
+        Args:
+            mask: bool (H, W), of the image's size.
+
+        Returns:
+            bool, of the pixels' size: True where the mask covers at least half of a pixel; where it covers
+            half of none, True where it touches one, so that a small defect stays.
+
+        Raises:
+            InputError: see `cropped_size`.
+        """
+        height, width = mask.shape
+        cropped = self.cropped_size(height, width)
+        rows, columns = self.resized_size(height, width)
+        share = Image.fromarray(mask.astype(np.float32))
+        if (rows, columns) != (height, width):
+            share = share.resize((columns, rows), Image.Resampling.BILINEAR)
+        part = np.asarray(share)[: cropped[0], : cropped[1]]
+        found: npt.NDArray[np.bool_] = part >= 0.5
+        return found if found.any() else part > 0
+
     @property
     def config(self) -> dict[str, Any]:
         """Everything here that decides features, ready for JSON."""

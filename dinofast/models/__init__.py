@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _CLASSES = {
     "memory_bank": "dinofast.models.memory_bank:MemoryBank",
     "spatial_ar": "dinofast.models.spatial_ar:SpatialAR",
+    "zero_shot": "dinofast.models.zero_shot:ZeroShot",
 }
 
 __all__ = ["create", "load", "names", "restore"]

@@ -1,8 +1,9 @@
 """What every model is: learns from normal features, stream-wise, then scores features; higher is abnormal.
 
 A subclass stores its constructor arguments unchanged under their own names and writes `_learn`,
-`_check_state`, `_patch_scores`, `_summarize`, `n_channels` and, where it merges, `_merged`. What it learns is
-a dictionary of tensors, replaced as a whole and only when complete: a failed fit changes nothing.
+`_check_state`, `_patch_scores`, `_summarize` (or `score`), `n_channels` and, where it merges, `_merged`. What
+it learns is a dictionary of tensors, replaced as a whole and only when complete: a failed fit changes
+nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Model(ABC):
     """Whether models of parts can be merged into the model of the whole."""
     order_free: ClassVar[bool] = True
     """Whether the order of the images leaves scores as they are, but for rounding."""
+
+    learns_from_masks: ClassVar[bool] = False
+    """Whether `fit` needs `Features.masks`, of abnormal images too."""
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
@@ -92,6 +96,12 @@ class Model(ABC):
         Raises:
             InputError: the model is not fitted, D or device differ from the fit's, NaN or infinite features.
         """
+        self._check_query(features)
+        with torch.no_grad():
+            return self._patch_scores(features.tensor)
+
+    def _check_query(self, features: Features) -> None:
+        """Raise what `patch_scores` raises."""
         self.state()
         check_features(features)
         tensor = features.tensor
@@ -105,8 +115,6 @@ class Model(ABC):
                 f"{self.name} is on {self.device}, the features on {tensor.device}; move one of them, "
                 f"for instance with model.to({str(tensor.device)!r})."
             )
-        with torch.no_grad():
-            return self._patch_scores(tensor)
 
     def score(self, features: Features) -> Scores:
         """Score images and their pixels.
@@ -228,9 +236,9 @@ class Model(ABC):
     def _patch_scores(self, tensor: Tensor) -> Tensor:
         """Score checked features (B, h, w, D); gives (B, h, w) float32."""
 
-    @abstractmethod
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
-        """Turn patch scores (B, h, w) into image scores and maps."""
+        """Turn patch scores (B, h, w) into image scores and maps, where `score` is not overridden."""
+        raise NotImplementedError
 
 
 def check_features(features: Features) -> None:

@@ -18,6 +18,18 @@ D, SIDE, SIZE = 16, 12, (48, 60)
 BRIEF = {"n_layers": 2, "n_epochs": 40, "batch_size": 4, "learning_rate": 0.02}
 ZERO_SHOT = {"n_epochs": 5, "batch_size": 2, "learning_rate": 0.003}
 VARIANTS = {
+    "dpmm": [
+        {"n_components": 12, "n_epochs": 3, "batch_size": 2},
+        {"n_components": 8, "n_epochs": 2, "scoring": "mixture", "covariance_type": "spherical"},
+        {
+            "n_components": 8,
+            "n_epochs": 2,
+            "scoring": "mahalanobis",
+            "covariance_type": "full",
+            "reg_covar": 1e-3,
+            "compat": "anomalydino-dpmm",
+        },
+    ],
     "memory_bank": [
         {},
         {"n_neighbors": 3, "metric": "euclidean"},

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dinofast.models.base import Model
 
 _CLASSES = {
+    "dpmm": "dinofast.models.dpmm:DPMM",
     "memory_bank": "dinofast.models.memory_bank:MemoryBank",
     "spatial_ar": "dinofast.models.spatial_ar:SpatialAR",
     "zero_shot": "dinofast.models.zero_shot:ZeroShot",

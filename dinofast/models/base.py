@@ -96,11 +96,11 @@ class Model(ABC):
         Raises:
             InputError: the model is not fitted, D or device differ from the fit's, NaN or infinite features.
         """
-        self._check_query(features)
+        self._check_queries(features)
         with torch.no_grad():
             return self._patch_scores(features.tensor)
 
-    def _check_query(self, features: Features) -> None:
+    def _check_queries(self, features: Features) -> None:
         """Raise what `patch_scores` raises."""
         self.state()
         check_features(features)
@@ -215,7 +215,6 @@ class Model(ABC):
             raise ArtifactError(f"{path}: holds a {model.name}, not a {cls.name}; use dinofast.models.load.")
         return model
 
-    @property
     @abstractmethod
     def n_channels(self) -> int:
         """D of the features that the model was fitted on."""

@@ -289,7 +289,7 @@ class ZeroShot(IterativeModel):
 
     def _queried(self, features: Features) -> Self:
         """Check features to be scored; give the model for their class."""
-        self._check_query(features)
+        self._check_queries(features)
         check_grid(features)
         if features.class_name in (None, self.class_name):
             return self

@@ -154,7 +154,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["cosine_max", "knn_topk", "dpm_stats"])
+@pytest.mark.parametrize("name", ["cosine_max", "knn_topk", "dpm_stats", "kmeans_step"])
 def test_references_hold_no_large_matrix(name):
     """The whole matrix would have 16 times the elements of the largest block allowed."""
     n = 8 * int(BLOCK**0.5)
@@ -163,6 +163,7 @@ def test_references_hold_no_large_matrix(name):
         "cosine_max": (rows, few),
         "knn_topk": (few, rows, 3, "cosine"),
         "dpm_stats": (rows, few, torch.ones_like(few), torch.zeros(n // 4), "diag"),
+        "kmeans_step": (rows, few),
     }[name]
     with LargestTensor() as largest:
         OPS[name].reference(*args)
@@ -202,6 +203,12 @@ def test_references_hold_no_large_matrix(name):
             lambda: ops.farthest_point(torch.ones(3, 2), torch.ones(2), torch.tensor(0)),
             "farthest_point: min_distance is",
         ),
+        (
+            lambda: ops.kmeans_step(torch.ones(3, 2), torch.ones(1, 3)),
+            "kmeans_step: D differs, rows 2 and centers 3",
+        ),
+        (lambda: ops.kmeans_step(torch.ones(3, 2), torch.ones(0, 2)), "kmeans_step: centers has no rows"),
+        (lambda: ops.kmeans_step(torch.ones(3, 2), torch.ones(1, 2).half()), "centers must be torch.float32"),
         (
             lambda: ops.dpm_stats(torch.ones(3, 2), torch.ones(1, 2), torch.ones(2), torch.ones(1)),
             "precisions must be \\(1, 2\\), got \\(2,\\)",
@@ -295,3 +302,30 @@ def test_farthest_point_selects_the_greedy_coreset():
         gaps = torch.cdist(rows.double(), rows[greedy].double()).amin(1)
         greedy.append(int(gaps.argmax()))
     assert picked == greedy
+
+
+def test_kmeans_step_repeated_equals_scikit_learn():
+    from sklearn.cluster import KMeans
+
+    centers = 4 * torch.randn(7, 5, dtype=torch.float64)
+    rows = centers[torch.randint(7, (300,))] + torch.randn(300, 5, dtype=torch.float64)
+    theirs = KMeans(7, init=rows[:7].numpy(), n_init=1, max_iter=5, tol=0, algorithm="lloyd").fit(
+        rows.numpy()
+    )
+    ours = rows[:7]
+    for _ in range(5):
+        _, sq_distance, sums, counts = ops.kmeans_step(rows, ours)
+        ours = sums / counts[:, None]
+    torch.testing.assert_close(ours, torch.from_numpy(theirs.cluster_centers_))
+    index, sq_distance, _, _ = ops.kmeans_step(rows, ours)
+    assert index.tolist() == theirs.labels_.tolist()
+    assert float(sq_distance.sum()) == pytest.approx(theirs.inertia_)
+
+
+def test_kmeans_step_leaves_broken_rows_out():
+    rows = torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [2.0, 2.0], [torch.inf, 1.0]])
+    index, sq_distance, sums, counts = ops.kmeans_step(rows, torch.zeros(2, 2))
+    assert index.tolist() == [0, -1, 0, -1]
+    assert sq_distance.isnan().tolist() == [False, True, False, True]
+    assert sums.tolist() == [[2, 3], [0, 0]]
+    assert counts.tolist() == [2, 0]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,16 @@ VARIANTS = {
         {"compat": "anomalib", "n_neighbors": 2},
         {"masking": True, "mask_threshold": 5.0, "mask_references": True},
     ],
+    "support_kmeans": [
+        {},
+        {"foreground": "none", "match_descriptor": "mean_patch", "n_clusters": 5, "n_init": 2},
+        {"foreground": "otsu", "match_descriptor": "mean_foreground_patch", "distance": "cosine"},
+        {"foreground": "pca", "mask_threshold": 5.0, "n_clusters": 8, "sigma": 2.0},
+        {"compat": "reported", "normalize": "dataset", "image_score": "max"},
+    ],
 }
 CASES = [(name, params) for name in models.names() for params in VARIANTS.get(name, [{}])]
-OTHER_PARAMS = {"memory_bank": {"n_neighbors": 5}}
+OTHER_PARAMS = {"memory_bank": {"n_neighbors": 5}, "support_kmeans": {"n_clusters": 7}}
 
 
 @pytest.fixture(params=CASES, ids=[f"{n}-{'-'.join(map(str, p.values()))}" for n, p in CASES])
@@ -32,14 +40,16 @@ def make(request):
 
 
 def normal(b=4, seed=0, d=D, dtype=torch.float32):
-    """Images of a bright object on a background: six kinds of patch, each with its place, and noise."""
+    """Images of a bright object on black: six kinds of patch, each with its place, and noise."""
     draw = torch.Generator().manual_seed(9)
     kinds = torch.randn(6, d, generator=draw)
     kinds[:3, 0] += 30
     layout = torch.randint(3, 6, (SIDE, SIDE), generator=draw)
     layout[2:10, 2:10] = torch.randint(0, 3, (8, 8), generator=draw)
     noise = torch.randn(b, SIDE, SIDE, d, generator=torch.Generator().manual_seed(seed))
-    return Features((kinds[layout] + 0.1 * noise).to(dtype), None, SIZE)
+    tokens = (kinds[layout] + 0.1 * noise).to(dtype)
+    gray = (layout < 3).float() * torch.linspace(0.4, 0.9, SIDE * SIDE).view(SIDE, SIDE)
+    return Features(tokens, tokens.mean(dim=(1, 2)), SIZE, intensity=gray.expand(b, -1, -1))
 
 
 def with_foreign_patch():
@@ -89,7 +99,7 @@ def test_fit_replaces_what_was_learned(make):
 
 def test_size_of_batches_does_not_matter_and_order_only_where_stated(make):
     whole = normal(6)
-    parts = [Features(part, None, SIZE) for part in whole.tensor.split([3, 1, 2])]
+    parts = [whole.part(*ends) for ends in ((0, 3), (3, 4), (4, 6))]
     query = normal(2, seed=5)
     expected = make().fit([whole]).score(query)
     for batches in (parts, parts[::-1]) if make().order_free else (parts,):
@@ -231,11 +241,19 @@ def test_device_mismatch_names_both_and_the_remedy(make):
         model.score(normal())
 
 
+def on_gpu(features):
+    return replace(
+        features,
+        tensor=features.tensor.cuda(),
+        cls=features.cls.cuda(),
+        intensity=features.intensity.cuda(),
+    )
+
+
 @pytest.mark.needs_cuda
 def test_model_on_a_gpu_gives_the_same(make):
     expected = make().fit([normal()]).score(normal(seed=5))
-    moved = Features(normal().tensor.cuda(), None, SIZE)
-    query = Features(normal(seed=5).tensor.cuda(), None, SIZE)
+    moved, query = on_gpu(normal()), on_gpu(normal(seed=5))
     for model in (make().fit([moved]), make().fit([normal()]).to("cuda")):
         assert model.device.type == "cuda"
         found = model.score(query)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from dinofast.models.base import Model
 
-_CLASSES = {"memory_bank": "dinofast.models.memory_bank:MemoryBank"}
+_CLASSES = {
+    "memory_bank": "dinofast.models.memory_bank:MemoryBank",
+    "support_kmeans": "dinofast.models.support_kmeans:SupportKMeans",
+}
 
 __all__ = ["create", "load", "names", "restore"]
 

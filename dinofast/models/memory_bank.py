@@ -13,6 +13,7 @@ from torch import Tensor
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models.base import Model, checked_stream
 from dinofast.models.foreground import foreground_mask
+from dinofast.models.image_score import top_percent
 from dinofast.models.row_store import RowStore
 from dinofast.ops import cosine_max, knn_topk, upsample_blur
 from dinofast.ops.rows import normalize_rows
@@ -244,9 +245,7 @@ class MemoryBank(Model):
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
         rule = COMPAT[self.compat]
         pixels = upsample_blur(patches, image_size, self.sigma, rule["mode"], rule["boundary"])
-        flat = patches.flatten(1)
-        top = flat.topk(max(flat.shape[1] // 100, 1), dim=1).values
-        return Scores(top.mean(dim=1), pixels)
+        return Scores(top_percent(patches), pixels)
 
     def _masks_references(self) -> bool:
         if self.mask_references is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from dinofast.backbone import Backbone
 from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, InputError
-from dinofast.models.base import Model
+from dinofast.models.base import Model, leave_one_out
 from dinofast.stream import HASH_BYTES, Batch, Embedder, digest
-from dinofast.types import Prediction
+from dinofast.types import Features, Prediction
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -186,7 +186,8 @@ class Detector:
             fpr: share of normal pixels or images that may exceed the threshold, in (0, 1).
             level: "pixel" (predictions get `mask`) or "image" (predictions get `is_anomalous`).
             cross_fit: when there are no other normal images: cut those of `fit` into this many runs of
-                neighbors, and score each run by a model of the others.
+                neighbors, and score each run by a model of the others. A model that does not merge is fitted
+                as many times anew.
             batch_size: see `fit`.
             skip_bad: see `fit`.
             progress: see `fit`.
@@ -343,7 +344,7 @@ class Detector:
         if not 2 <= folds <= len(good):
             raise InputError(f"cross_fit={folds}: {len(good)} images can be cut into 2 to {len(good)} parts")
         runs = [[good[i] for i in part] for part in np.array_split(np.arange(len(good)), folds)]
-        kind, params, before = type(self.model), self.model.params(), 0
+        before, total = 0, (2 if self.model.merges else folds) * len(good)
 
         def batches(run: list[Sample], rotate: bool) -> Iterator[Batch]:
             nonlocal before
@@ -351,17 +352,15 @@ class Detector:
 
             def told(stage: str, done: int, _: int | None) -> None:
                 if progress is not None:
-                    progress(stage, start + done, 2 * len(good))
+                    progress(stage, start + done, total)
 
             return self._embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
 
-        partial = [kind(**params).fit(b.features for b in batches(run, self._rotate)) for run in runs]
-        for i, run in enumerate(runs):
-            first, *rest = (model for j, model in enumerate(partial) if j != i)
-            others = kind(**params)
-            others.load_state(first.state())
-            for model in rest:
-                others.merge(model)
+        def learned(run: list[Sample]) -> Callable[[], Iterator[Features]]:
+            return lambda: (batch.features for batch in batches(run, self._rotate))
+
+        fits = leave_one_out(self.model, [learned(run) for run in runs])
+        for run, others in zip(runs, fits, strict=True):
             yield from self._predict(batches(run, False), others)
 
 

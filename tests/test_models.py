@@ -21,6 +21,11 @@ VARIANTS = {
         {"compat": "anomalib", "n_neighbors": 2},
         {"masking": True, "mask_threshold": 5.0, "mask_references": True},
     ],
+    "patchcore": [
+        {},
+        {"compat": "anomalib-patchcore", "border": "partial", "coreset_ratio": 0.3, "n_neighbors": 2},
+        {"neighborhood": 1, "max_channels": 5, "coreset_ratio": 1.0},
+    ],
     "support_kmeans": [
         {},
         {"foreground": "none", "match_descriptor": "mean_patch", "n_clusters": 5, "n_init": 2},
@@ -155,7 +160,7 @@ def test_half_precision_features_work(make, dtype):
     found = model.score(normal(1, seed=5, dtype=dtype))
     assert found.score.dtype == found.map.dtype == torch.float32
     torch.testing.assert_close(
-        found.score, make().fit([normal()]).score(normal(1, seed=5)).score, rtol=0.1, atol=1e-3
+        found.score, make().fit([normal()]).score(normal(1, seed=5)).score, rtol=0.2, atol=1e-3
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _CLASSES = {
     "memory_bank": "dinofast.models.memory_bank:MemoryBank",
+    "patchcore": "dinofast.models.patchcore:PatchCore",
     "support_kmeans": "dinofast.models.support_kmeans:SupportKMeans",
 }
 

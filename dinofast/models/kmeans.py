@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +108,8 @@ def check_arguments(n_clusters: int, init: str, n_init: int, n_iter: int, tol: f
     for name, value, known in (("init", init, INITS), ("distance", distance, DISTANCES)):
         if value not in known:
             raise InputError(f"unknown {name} {value!r}; one of {', '.join(known)}")
-    if not tol >= 0:
-        raise InputError(f"tol must be at least 0, got {tol}")
+    if not 0 <= tol < math.inf:
+        raise InputError(f"tol must be finite and at least 0, got {tol}")
 
 
 def _start(rows: Tensor, k: int, init: str, generator: torch.Generator) -> Tensor:
@@ -128,7 +129,7 @@ def _start(rows: Tensor, k: int, init: str, generator: torch.Generator) -> Tenso
 
 
 def _lloyd(rows: Tensor, centers: Tensor, n_iter: int, tol: float, unit: bool) -> Clusters:
-    done, moved = 0, torch.inf
+    done, moved = 0, math.inf
     while done < n_iter and moved > tol:
         _, _, sums, counts = kmeans_step(rows, centers)
         means = sums / counts.clamp(min=1)[:, None]

@@ -29,6 +29,7 @@ COMPAT: dict[str | None, dict[str, str]] = {
     "reported": {"aggregate": "mean", "normalize": "image"},
 }
 """What `compat` decides where `aggregate` and `normalize` are None."""
+_ROUNDING = 1e-6
 _LOG = logging.getLogger("dinofast.models")
 
 
@@ -60,9 +61,10 @@ class SupportKMeans(Model):
         aggregate: u is the largest ("max") or the mean ("mean") of the cosines with the prototypes. None
             follows `compat`.
         normalize: "none": score 1 − u, in [0, 2]. "image": 1 − (u − min) / (max − min) over the foreground
-            of the query, so that every image, a healthy one too, has a patch of score 1; 0 where all u are
-            equal. "dataset": the same with min and max over all foreground patches of the normal images, each
-            against its own prototypes; not confined to [0, 1]. None follows `compat`.
+            of the query, so that every image, a healthy one too, has a patch of score 1. "dataset": the same
+            with min and max over all foreground patches of the normal images, each against its own
+            prototypes; not confined to [0, 1]. A range below 1e-6 is rounding and is not stretched. None
+            follows `compat`.
         mask_query_background: give patches of the query that are no foreground the score of u = 1, the
             smallest there is ("image": 0). None: unless `foreground` is "none".
         init: start of the k-means, "k-means++" or "random-rows".
@@ -237,13 +239,17 @@ class SupportKMeans(Model):
         }
 
     def _check_pool(self, kept: int, blank: int) -> None:
-        images = f"{blank} of {kept + blank} normal images have no foreground by the rule {self.foreground!r}"
-        if blank:
-            _LOG.warning("%s and are left out", images)
+        found = f"{blank} of {kept + blank} normal images have no foreground by the rule {self.foreground!r}"
+        remedy = "choose another rule or threshold, or foreground='none'"
+        if kept == 0:
+            raise InputError(f"{found}; {remedy}.")
         if kept < self.n_support:
-            few = f"n_support is {self.n_support}, and there are {kept} normal images with a foreground"
-            what = f"{images}; choose another rule or threshold" if blank else "give more normal images"
-            raise InputError(f"{few}: {what}, or lower n_support." if kept else f"{images}, or 'none'.")
+            why = f"{found}; {remedy}" if blank else "give more normal images"
+            raise InputError(
+                f"n_support={self.n_support} needs as many normal images, {kept} are left: {why}."
+            )
+        if blank:
+            _LOG.warning("%s and are left out", found)
 
     def _prototypes(self, rows: Tensor) -> Tensor:
         """Group the unit foreground patches (N, D) of one image; gives (min(K, N), D) of unit length."""
@@ -301,7 +307,7 @@ class SupportKMeans(Model):
         real = (slots < state["n_centroids"][index][..., None]).flatten(1)
         similarity = self._similarity(unit.flatten(1, 2), centroids, real[:, None]).view(tensor.shape[:3])
         low, high = self._range(similarity, mask)
-        span = torch.where(high > low, high - low, 1)
+        span = torch.where(high - low > _ROUNDING, high - low, 1)
         scores = (high - similarity) / span
         if mask is None or self.mask_query_background is False:
             return scores

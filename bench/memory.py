@@ -24,7 +24,8 @@ def peak_extra(op: str, shape: str, contender: str) -> int | None:
     return None if found < 0 else found
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Read a field of this process's memory, such as VmRSS now or VmHWM at its highest; bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 
@@ -36,9 +37,9 @@ def _main(op: str, shape: str, contender: str) -> int:
         return -1
     ctypes.CDLL(None).malloc_trim(0)  # freed memory of the preparation must not hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 if __name__ == "__main__":

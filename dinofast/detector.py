@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +12,13 @@ import torch
 
 from dinofast import artifact, data, models
 from dinofast import backbone as backbones
-from dinofast.backbone import Backbone
+from dinofast.backbone import Backbone, saved
 from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
+from dinofast.cross_fit import models_of_the_others, n_passes, runs_of_neighbors
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, InputError
-from dinofast.models.base import Model, leave_one_out
+from dinofast.models.base import Model
+from dinofast.models.iterative import IterativeModel
 from dinofast.stream import HASH_BYTES, Batch, Embedder, digest
 from dinofast.types import Features, Prediction
 
@@ -106,6 +108,8 @@ class Detector:
         images: Any,
         *,
         rotate: bool = False,
+        validation: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int | None = None,
         skip_bad: bool = False,
         progress: Progress | None = None,
@@ -117,6 +121,9 @@ class Detector:
         Args:
             images: whatever `dinofast.data.samples` takes.
             rotate: also learn each image turned by 45°, 90°, ... 315°, as AnomalyDINO's "agnostic" setting.
+            validation: normal images that were held back, by which a model trained over epochs chooses the
+                best one; whatever `dinofast.data.samples` takes.
+            checkpoint: file in which a model trained over epochs keeps its run, and goes on from.
             batch_size: images at a time; None chooses from free memory.
             skip_bad: leave out files that cannot be used, with a warning each.
             progress: called as progress(stage, done, total).
@@ -128,12 +135,27 @@ class Detector:
             BadFilesError: files that cannot be used, all named.
             InputError: no images, or what the model says.
         """
+        asked = validation is not None or checkpoint is not None
+        if asked and not isinstance(self.model, IterativeModel):
+            raise InputError(
+                f"validation and checkpoint are for models trained over epochs; {self.model.name} is not one."
+            )
         good = self.check(data.samples(images), skip_bad=skip_bad, progress=progress)
+        held_back = [] if validation is None else self.check(data.samples(validation), progress=progress)
         seen: set[bytes] = set()
         self._embedder.restart()
         start = time.perf_counter()
-        stream = self._embedder.batches(good, "fit", batch_size, progress, rotate=rotate, seen=seen)
-        self.model.fit(batch.features for batch in stream)
+
+        def features(listed: Sequence[Sample], rotate: bool, seen: set[bytes] | None) -> Iterator[Features]:
+            stream = self._embedder.batches(listed, "fit", batch_size, progress, rotate=rotate, seen=seen)
+            return (batch.features for batch in stream)
+
+        stream = features(good, rotate, seen)
+        if isinstance(self.model, IterativeModel):
+            held = features(held_back, False, None) if held_back else None
+            self.model.fit(stream, validation=held, checkpoint=checkpoint, progress=progress)
+        else:
+            self.model.fit(stream)
         self._embedder.rest("model", start)
         self._seen, self.thresholds = frozenset(seen), {}
         self.n_images, self.reading, self._rotate = len(good), _reading(good), rotate
@@ -186,8 +208,7 @@ class Detector:
             fpr: share of normal pixels or images that may exceed the threshold, in (0, 1).
             level: "pixel" (predictions get `mask`) or "image" (predictions get `is_anomalous`).
             cross_fit: when there are no other normal images: cut those of `fit` into this many runs of
-                neighbors, and score each run by a model of the others. A model that does not merge is fitted
-                as many times anew.
+                neighbors, and score each run by a model of the others.
             batch_size: see `fit`.
             skip_bad: see `fit`.
             progress: see `fit`.
@@ -277,14 +298,14 @@ class Detector:
             thresholds = {name: Threshold.from_dict(t) for name, t in config["thresholds"].items()}
             hashes, seed, n_images, rotate = tensors["seen"], config["seed"], fit["n_images"], fit["rotate"]
             reading = {n: tuple(v) if isinstance(v, list) else v for n, v in fit["reading"].items()}
-            asked = _asked(wanted)
+            asked = saved.options(wanted)
         except (AttributeError, LookupError, TypeError, InputError, ArtifactError) as error:
             raise ArtifactError(
                 f"{path}: does not hold together ({error}); save the detector again."
             ) from error
         if not isinstance(backbone, Backbone):
             backbone = backbones.load(source if backbone is None else backbone, device=device, **asked)
-        _same_backbone(path, wanted, backbone.config)
+        saved.check_same(path, wanted, backbone.config)
         if model.n_channels != backbone.dim:
             raise ArtifactError(
                 f"{path}: its {model.name} has D = {model.n_channels}, and its backbone {backbone.id} gives "
@@ -339,12 +360,8 @@ class Detector:
     def _cross_fit(
         self, good: Sequence[Sample], folds: int, batch_size: int | None, progress: Progress | None
     ) -> Iterator[Prediction]:
-        if len(good) < 2:
-            raise InputError("cross_fit needs at least 2 images, and there is 1; give more normal images")
-        if not 2 <= folds <= len(good):
-            raise InputError(f"cross_fit={folds}: {len(good)} images can be cut into 2 to {len(good)} parts")
-        runs = [[good[i] for i in part] for part in np.array_split(np.arange(len(good)), folds)]
-        before, total = 0, (2 if self.model.merges else folds) * len(good)
+        runs, before = runs_of_neighbors(good, folds), 0
+        total = n_passes(self.model, folds) * len(good)
 
         def batches(run: list[Sample], rotate: bool) -> Iterator[Batch]:
             nonlocal before
@@ -356,11 +373,10 @@ class Detector:
 
             return self._embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
 
-        def learned(run: list[Sample]) -> Callable[[], Iterator[Features]]:
-            return lambda: (batch.features for batch in batches(run, self._rotate))
+        def features(run: list[Sample]) -> Iterator[Features]:
+            return (batch.features for batch in batches(run, self._rotate))
 
-        fits = leave_one_out(self.model, [learned(run) for run in runs])
-        for run, others in zip(runs, fits, strict=True):
+        for run, others in models_of_the_others(self.model, runs, features):
             yield from self._predict(batches(run, False), others)
 
 
@@ -369,28 +385,3 @@ def _reading(images: Sequence[Sample]) -> dict[str, Any]:
     volumes = (sample.volume.volume for sample in images if sample.volume is not None)
     found = {(volume.axis, volume.window, volume.percentiles) for volume in volumes}
     return dict(zip(("axis", "window", "percentiles"), *found, strict=True)) if len(found) == 1 else {}
-
-
-def _asked(config: dict[str, Any]) -> dict[str, Any]:
-    """Turn a backbone's `config` into what `dinofast.backbone.load` is asked for."""
-    size = config["size"]
-    return {
-        "dtype": getattr(torch, config["dtype"]),
-        "size": size if isinstance(size, int) else (size[0], size[1]),
-        "layers": config["layers"],
-        "position_resampling": config["position_resampling"],
-        "resize": config["resize"],
-    }
-
-
-def _same_backbone(path: str | os.PathLike[str], wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """Refuse a backbone whose weights or preprocessing differ from the fit's; names and precision may."""
-    names = [
-        n for n in sorted({*wanted, *found} - {"id", "license", "dtype"}) if wanted.get(n) != found.get(n)
-    ]
-    if names:
-        listed = "; ".join(f"{n} {wanted.get(n)!r} in the file, {found.get(n)!r} here" for n in names)
-        raise ArtifactError(
-            f"{path}: was fitted with {wanted.get('id')}, and this backbone is not the same: {listed}. "
-            "Load the backbone of the fit, or fit again."
-        )

@@ -18,6 +18,8 @@ def plain(rows, k, start, seed):
     rows, order = rows.numpy(), torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
     to = lambda i: np.sqrt(((rows - rows[i]).astype(np.float64) ** 2).sum(1)).astype(np.float32)  # noqa: E731
     starts = order[: 10 if start == "mean-of-10" else 1].tolist()
+    if start == "distance-norm":
+        starts = [int(np.argmax([(to(i).astype(np.float64) ** 2).sum() for i in range(len(rows))]))]
     gap = (sum(to(i).astype(np.float64) for i in starts) / len(starts)).astype(np.float32)
     selected = [] if start == "mean-of-10" else starts
     gap[selected] = -1
@@ -50,7 +52,7 @@ KINDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("start", ["random-row", "mean-of-10"])
+@pytest.mark.parametrize("start", ["random-row", "mean-of-10", "distance-norm"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=native), "reference"])
 def test_selects_what_the_plain_algorithm_selects(backend, kind, start):

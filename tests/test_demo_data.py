@@ -17,7 +17,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStor
 from pypi_simple import PyPISimple
 
 from dinofast import data
-from dinofast.data import demo, dicom, rider
+from dinofast.data import demo, dicom, fetch, rider
 from dinofast.data.fetch import Archive, cache, download, extract
 from dinofast.errors import InputError
 
@@ -129,7 +129,7 @@ def test_an_interrupted_download_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rider, "download", interrupted)
+    monkeypatch.setattr(fetch, "download", interrupted)
     monkeypatch.setenv("DINOFAST_CACHE", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         demo.lung_ct()

@@ -48,6 +48,8 @@ def greedy(rows, k, start, seed):
     """Farthest points, the starts drawn as the coreset draws them."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     to = lambda i: np.linalg.norm(rows - rows[i], axis=1)  # noqa: E731
+    if start == "distance-norm":
+        order = [int(np.argmax([np.linalg.norm(to(i)) for i in range(len(rows))]))]
     selected = [] if start == "mean-of-10" else order[:1]
     gap = np.mean([to(i) for i in (order[:10] if start == "mean-of-10" else selected)], axis=0)
     while len(selected) < k:
@@ -127,7 +129,7 @@ def test_neighbors_metric_and_weight(k, metric, b):
     np.testing.assert_allclose(model.score(features(tokens)).score, scores, rtol=2e-5)
 
 
-@pytest.mark.parametrize("start", ["mean-of-10", "random-row"])
+@pytest.mark.parametrize("start", ["mean-of-10", "random-row", "distance-norm"])
 @pytest.mark.parametrize("projection", ["none", "linear-128", "sparse-jl"])
 def test_bank_is_the_greedy_coreset_unprojected(start, projection):
     normal = clustered(2, 8, 8, d=300)
@@ -189,7 +191,7 @@ def test_one_row_has_nobody_around_it():
         ({"max_channels": -1}, "max_channels must be a whole number, at least 0, got -1"),
         ({"coreset_ratio": 0}, r"coreset_ratio must be in \(0, 1\], got 0"),
         ({"coreset_ratio": 1.1}, r"coreset_ratio must be in \(0, 1\], got 1.1"),
-        ({"start": "first"}, "unknown start 'first'; one of None, random-row, mean-of-10"),
+        ({"start": "first"}, "unknown start 'first'; one of None, random-row, mean-of-10, distance-norm"),
         ({"projection": "pca"}, "unknown projection 'pca'; one of None, none, linear-128, sparse-jl"),
         ({"n_neighbors": None}, "n_neighbors must be a whole number, at least 1, got None"),
         ({"metric": "cosine"}, "unknown metric 'cosine'; one of None, euclidean, sqeuclidean"),

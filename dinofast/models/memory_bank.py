@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -142,8 +142,8 @@ class MemoryBank(Model):
         """Score a set of images without references: each against the patches of all the others.
 
         With N patches in the other images, a patch's score is the mean of its cosine distances that are
-        strictly below the one of rank floor(N / 1000), counted from 0; where ties leave none below, all
-        these are equal and their value is the score. `n_neighbors` plays no part, and what the model has
+        strictly below the one of rank floor(N / 1000), counted from 1; where none is below (N < 2000, or
+        ties), that one is the score. `n_neighbors` plays no part, and what the model has
         learned is neither used nor changed. Image scores and maps are as in `score`, so sets of images with
         fewer than 100 patches get their largest patch score, where the published variant has none.
 
@@ -190,7 +190,8 @@ class MemoryBank(Model):
             queries = bank[start:end]
             if not self._masks_references():
                 queries = queries[mask[image].flatten()]
-            patches[image][mask[image]] = _mean_below_rank(queries, bank[:start], bank[end:])
+            others = bank[:start], bank[end:]
+            patches[image][mask[image]] = mean_below_rank(queries, others, sum(map(len, others)) // 1000)
         return self._summarize(patches, batch.image_size)
 
     def _learn(self, features: Iterator[Features]) -> dict[str, Tensor]:
@@ -267,20 +268,19 @@ class MemoryBank(Model):
         return self.mask_threshold
 
 
-def _mean_below_rank(queries: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Average each query's distances strictly below the one of rank floor(N / 1000), over both bank parts.
+def mean_below_rank(queries: Tensor, parts: Sequence[Tensor], rank: int) -> Tensor:
+    """Average each query's cosine distances strictly below the one of a rank; that one where ties leave none.
 
     Args:
         queries: (Q, D).
-        before: (N1, D).
-        after: (N2, D); N = N1 + N2 >= 1000.
+        parts: rows (N1, D), (N2, D), ... to compare with, N >= rank together.
+        rank: counted from 1.
 
     Returns:
         (Q,).
     """
-    rank = (before.shape[0] + after.shape[0]) // 1000
-    near = [knn_topk(queries, part, min(rank + 1, len(part)))[0] for part in (before, after) if len(part)]
-    distance = torch.cat(near, dim=1).sort(dim=1).values[:, : rank + 1]
+    near = [knn_topk(queries, part, min(rank, len(part)))[0] for part in parts if len(part)]
+    distance = torch.cat(near, dim=1).sort(dim=1).values[:, :rank]
     limit = distance[:, -1:]
     below = distance < limit
     mean = torch.where(below, distance, 0).sum(dim=1) / below.sum(dim=1)

@@ -65,7 +65,8 @@ class PatchCore(Model):
             authors' code, "patchcore", gives 1024 numbers a patch whatever D, by a rule that is not
             specified in detail; this is one reading of it. None follows `compat`.
         coreset_ratio: share of the normal patches kept, in (0, 1]; 1 keeps all as they come.
-        start: of the selection, "mean-of-10" or "random-row"; None follows `compat`.
+        start: of the selection, "mean-of-10", "random-row" or "distance-norm", as `k_center` has them; the
+            last is the authors' exact sampler, quadratic in N. None follows `compat`.
         projection: distances of the selection are measured in: "linear-128", "sparse-jl", or "none", the
             features themselves; None follows `compat`.
         n_neighbors: k, rows that a patch is compared with, at least 1.

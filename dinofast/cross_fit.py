@@ -1,0 +1,56 @@
+"""Score every normal image by a model of the others, when there are no more normal images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from dinofast.data import Sample
+from dinofast.errors import InputError
+from dinofast.models.base import Model
+from dinofast.types import Features
+
+
+def runs_of_neighbors(images: Sequence[Sample], folds: int) -> list[list[Sample]]:
+    """Cut images into `folds` runs of neighbors, so that slices beside each other stay together.
+
+    Raises:
+        InputError: fewer than 2 images, or a number of folds that they cannot be cut into.
+    """
+    if len(images) < 2:
+        raise InputError("cross_fit needs at least 2 images, and there is 1; give more normal images")
+    if not 2 <= folds <= len(images):
+        raise InputError(f"cross_fit={folds}: {len(images)} images can be cut into 2 to {len(images)} parts")
+    return [[images[i] for i in part] for part in np.array_split(np.arange(len(images)), folds)]
+
+
+def n_passes(model: Model, folds: int) -> int:
+    """Tell how often `models_of_the_others` reads each image, once more for scoring it."""
+    return 2 if model.merges else folds
+
+
+def models_of_the_others(
+    model: Model, runs: Sequence[list[Sample]], features: Callable[[list[Sample]], Iterable[Features]]
+) -> Iterator[tuple[list[Sample], Model]]:
+    """Give each run with a model like `model` that was fitted on all the other runs.
+
+    Models that merge are fitted once a run and joined; others are fitted anew for every run.
+
+    Args:
+        model: its class and parameters are used, not what it has learned.
+        runs: from `runs_of_neighbors`.
+        features: reads and embeds images as `model` was fitted on them.
+    """
+    kind, params = type(model), model.params()
+    partial = [kind(**params).fit(features(run)) for run in runs] if model.merges else []
+    for i, run in enumerate(runs):
+        others = kind(**params)
+        if model.merges:
+            first, *rest = (part for j, part in enumerate(partial) if j != i)
+            others.load_state(first.state())
+            for part in rest:
+                others.merge(part)
+        else:
+            others.fit(features([image for j, part in enumerate(runs) if j != i for image in part]))
+        yield run, others

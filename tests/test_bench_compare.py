@@ -1,0 +1,89 @@
+"""Runs against saved runs: a real slowdown is named, noise and slow machines are not."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench/ is not beside the tests")
+TIMES = {"dinofast": 2.0, "dinofast-lowp": 1.0, "torch": 3.0, "faiss": 4.0}
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import compare
+
+    return compare
+
+
+def run(seed, slower=None, machine=1.0, noise=0.02, groups=("knn a", "map b")):
+    """A run of seven rounds; noise only ever adds time."""
+    draw = np.random.default_rng(seed)
+    entries = []
+    for group in groups:
+        for name, ms in TIMES.items():
+            factor = machine * (slower or {}).get((group, name), 1.0)
+            samples = ms * factor * (1 + draw.exponential(noise, 7))
+            facts = {"contender": name, "samples_ms": samples.tolist(), "disturbed": False}
+            entries.append({"group": group, "extra_info": facts})
+    info = {"instruction_set": "avx512", "threads": 2, "cpu": {"brand_raw": "one"}}
+    return {"benchmarks": entries, "machine_info": info}
+
+
+def call(compare, monkeypatch, capsys, tmp_path, saved, new):
+    for name, content in (("saved.json", saved), ("new.json", new)):
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "saved.json"), str(tmp_path / "new.json")])
+    return compare.main(), capsys.readouterr().out
+
+
+def test_ten_plain_reruns_raise_no_alarm_on_a_slower_machine_either(compare):
+    saved = run(0)
+    for seed in range(1, 11):
+        for machine in (1.0, 1.7):
+            assert not any(
+                c.slower(compare.TOLERANCE) for c in compare.changes(saved, run(seed, None, machine))
+            )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fifth_slower_is_named(compare, monkeypatch, capsys, tmp_path, seed):
+    new = run(seed + 20, {("map b", "dinofast-lowp"): 1.2}, machine=0.8)
+    code, out = call(compare, monkeypatch, capsys, tmp_path, run(0), new)
+    assert code == 1
+    [line] = [line for line in out.splitlines() if line.startswith("SLOWER")]
+    assert "map b dinofast-lowp" in line
+    assert "1 of 4 got slower" in out
+
+
+def test_one_peer_that_changed_is_not_ours(compare):
+    new = run(1, {("knn a", "torch"): 0.5, ("map b", "faiss"): 1.5})
+    growth = [c.growth for c in compare.changes(run(0), new)]
+    assert not any(c.slower(0.5) for c in compare.changes(run(0), new)), growth
+
+
+def test_noise_widens_what_passes(compare):
+    shaken = copy.deepcopy(run(1, {("knn a", "dinofast"): 1.2}))
+    for entry in shaken["benchmarks"]:
+        entry["extra_info"]["samples_ms"] = [1.0 * s for s in np.array([1, 1.3, 1.6]) * 5]
+    assert not any(c.slower(0.1) for c in compare.changes(shaken, shaken))
+    assert all(c.error > 0.3 for c in compare.changes(shaken, shaken))
+
+
+def test_what_cannot_be_compared_says_why(compare, monkeypatch, capsys, tmp_path):
+    other = run(1)
+    other["machine_info"]["instruction_set"] = "avx2"
+    cases = [
+        (other, "instruction_set was avx512 in the saved run and is avx2"),
+        (run(1, groups=("else",)), "no group with a peer in common"),
+        ({"benchmarks": [{}]}, "no JSON of pytest bench"),
+        ("torn{", "no JSON of pytest bench"),
+    ]
+    for new, reason in cases:
+        code, out = call(compare, monkeypatch, capsys, tmp_path, run(0), new)
+        assert code == 2
+        assert reason in out

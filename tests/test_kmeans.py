@@ -89,6 +89,8 @@ def test_a_center_without_rows_keeps_its_place():
     rows = torch.tensor([[0.0, 0], [0, 0], [0, 1], [5, 0]])[torch.arange(20) % 4]
     for seed in range(5):
         found = kmeans(rows, 4, seed=seed)
+        start = plus_plus(rows.double().numpy(), 4, torch.Generator().manual_seed(seed))
+        assert found.centers.tolist() == start.tolist()
         assert {tuple(c) for c in found.centers.tolist()} == {(0, 0), (0, 1), (5, 0)}
         assert len(set(found.index.tolist())) == 3
         assert not found.sq_distance.any()

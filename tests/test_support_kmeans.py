@@ -198,6 +198,18 @@ def test_a_normal_image_is_matched_with_itself_and_its_prototypes_are_near():
     assert model.patch_scores(normal).max() < 1e-6  # every foreground patch is its own prototype
 
 
+def test_all_queries_search_the_pool_in_one_call(monkeypatch):
+    from dinofast.models import support_kmeans
+
+    model = SupportKMeans(n_support=2).fit([features(*scenes(6))])
+    calls, search = [], support_kmeans.knn_topk
+    monkeypatch.setattr(
+        support_kmeans, "knn_topk", lambda *args: calls.append([*map(np.shape, args)]) or search(*args)
+    )
+    model.score(features(*scenes(4, seed=1)))
+    assert calls == [[(4, E), (6, E), ()]]
+
+
 def test_more_clusters_than_foreground_patches_leave_no_empty_prototype_in_the_mean():
     tokens, cls, gray = scenes(2)
     gray[:] = 0

@@ -70,7 +70,7 @@ class Detector:
         self.n_images = 0
         self.reading: dict[str, Any] = {}
         self._rotate = False
-        self._embedder = Embedder(self.backbone)
+        self._embedder = Embedder(self.backbone, intensity=self.model.wants_intensity)
         self._seen: frozenset[bytes] = frozenset()
         unset = getattr(self.model, "masking", False) and getattr(self.model, "mask_threshold", 0.0) is None
         if unset and self.backbone.kind.startswith("dinov2") and self.backbone.taps_last_block:

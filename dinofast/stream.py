@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinofast import data
 from dinofast.backbone import Backbone
+from dinofast.backbone.preprocess import patch_gray
 from dinofast.data import Sample
 from dinofast.errors import InputError
 from dinofast.imaging import RGB, digest, rotations
@@ -39,14 +40,8 @@ class Batch:
         start = 0
         for stop in range(1, len(self.sizes) + 1):
             if stop == len(self.sizes) or self.sizes[stop] != self.sizes[start]:
-                tensor, cls = self.features.tensor[start:stop], self.features.cls
-                part = replace(
-                    self.features,
-                    tensor=tensor,
-                    cls=None if cls is None else cls[start:stop],
-                    image_size=self.sizes[start],
-                )
-                yield range(start, stop), part
+                part = self.features.part(start, stop)
+                yield range(start, stop), replace(part, image_size=self.sizes[start])
                 start = stop
 
 
@@ -61,10 +56,15 @@ class _Waiting:
 
 
 class Embedder:
-    """Run images through a backbone in batches, keeping the time that each stage takes."""
+    """Run images through a backbone in batches, keeping the time that each stage takes.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    Args:
+        backbone: from pixels to features.
+        intensity: whether features get the mean gray of each patch as well.
+    """
+
+    def __init__(self, backbone: Backbone, *, intensity: bool = False) -> None:
+        self.backbone, self.intensity = backbone, intensity
         self.restart()
 
     def restart(self) -> None:
@@ -173,7 +173,11 @@ class Embedder:
 
     def _embed(self, waiting: list[_Waiting]) -> Batch:
         start = time.perf_counter()
-        features = self.backbone(torch.stack([one.pixels for one in waiting]))
+        pixels = torch.stack([one.pixels for one in waiting])
+        features = self.backbone(pixels)
+        if self.intensity:
+            h, w = features.tensor.shape[1:3]
+            features = replace(features, intensity=patch_gray(pixels, (h, w)).to(self.backbone.device))
         masks = [one.mask for one in waiting if one.mask is not None]
         if masks:
             features = replace(features, masks=torch.stack(masks).to(features.tensor.device))

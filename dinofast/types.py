@@ -6,7 +6,7 @@ K prototypes or components, Q queries, M bank rows, k neighbors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ class Features:
 
     def __len__(self) -> int:
         return int(self.tensor.shape[0])
+
+    def part(self, start: int, stop: int) -> Features:
+        """Give the images from `start` to before `stop`, not copied."""
+        part = slice(start, stop)
+        return replace(
+            self,
+            tensor=self.tensor[part],
+            cls=None if self.cls is None else self.cls[part],
+            intensity=None if self.intensity is None else self.intensity[part],
+            masks=None if self.masks is None else self.masks[part],
+        )
 
 
 @dataclass(frozen=True)

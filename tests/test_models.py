@@ -41,13 +41,25 @@ VARIANTS = {
         {**BRIEF, "dilations": [1, 2], "hidden": 32, "direction": "mean"},
         {**BRIEF, "mode": "bidirectional", "direction": "min", "hidden": 8, "n_epochs": 12, "clip_norm": 1.0},
     ],
+    "patchcore": [
+        {},
+        {"compat": "anomalib-patchcore", "border": "partial", "coreset_ratio": 0.3, "n_neighbors": 2},
+        {"neighborhood": 1, "max_channels": 5, "coreset_ratio": 1.0},
+    ],
+    "support_kmeans": [
+        {},
+        {"foreground": "none", "match_descriptor": "mean_patch", "n_clusters": 5, "n_init": 2},
+        {"foreground": "otsu", "match_descriptor": "mean_foreground_patch", "distance": "cosine"},
+        {"foreground": "pca", "mask_threshold": 5.0, "n_clusters": 8, "sigma": 2.0},
+        {"compat": "reported", "normalize": "dataset", "image_score": "max"},
+    ],
     "zero_shot": [
         {"class_name": "lung", "image_score": "max"} | ZERO_SHOT,
         {"n_taps": 2, "compat": "ad-dinov3", "image_score": "mean"} | ZERO_SHOT,
     ],
 }
 CASES = [(name, params) for name in models.names() for params in VARIANTS.get(name, [{}])]
-OTHER_PARAMS = {"memory_bank": {"n_neighbors": 5}}
+OTHER_PARAMS = {"memory_bank": {"n_neighbors": 5}, "support_kmeans": {"n_clusters": 7}}
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +79,15 @@ def make(request, text_file):
 
 
 def batch(tensor):
-    """Images that are normal by their masks, with a class token."""
+    """Images that are normal by their masks, with a class token and the gray of a bright object on black."""
     masks = torch.zeros(len(tensor), *SIZE, dtype=torch.bool, device=tensor.device)
-    return Features(tensor, tensor.mean(dim=(1, 2)), SIZE, masks=masks)
+    gray = torch.zeros(tensor.shape[:3], device=tensor.device)
+    gray[:, 2:10, 2:10] = torch.linspace(0.4, 0.9, 64, device=tensor.device).view(8, 8)
+    return Features(tensor, tensor.mean(dim=(1, 2)), SIZE, intensity=gray, masks=masks)
 
 
 def normal(b=4, seed=0, d=D, dtype=torch.float32):
-    """Images of a bright object on a background: six kinds of patch, each with its place, and noise."""
+    """Images of an object on a background: six kinds of patch, each with its place, and noise."""
     draw = torch.Generator().manual_seed(9)
     kinds = torch.randn(6, d, generator=draw)
     kinds[:3, 0] += 30
@@ -134,7 +148,7 @@ def test_fit_replaces_what_was_learned(make):
 
 def test_size_of_batches_does_not_matter_and_order_only_where_stated(make):
     whole = normal(6)
-    parts = [batch(part) for part in whole.tensor.split([3, 1, 2])]
+    parts = [whole.part(*ends) for ends in ((0, 3), (3, 4), (4, 6))]
     query = normal(2, seed=5)
     expected = make().fit([whole]).score(query)
     for batches in (parts, parts[::-1]) if make().order_free else (parts,):
@@ -193,7 +207,7 @@ def test_half_precision_features_work(make, dtype):
     found = model.score(normal(1, seed=5, dtype=dtype))
     assert found.score.dtype == found.map.dtype == torch.float32
     torch.testing.assert_close(
-        found.score, make().fit([normal()]).score(normal(1, seed=5)).score, rtol=0.1, atol=1e-3
+        found.score, make().fit([normal()]).score(normal(1, seed=5)).score, rtol=0.2, atol=1e-3
     )
 
 

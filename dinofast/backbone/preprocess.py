@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from dinofast.errors import InputError
 from dinofast.imaging import RGB, ImageLike, as_rgb, decode
 
-__all__ = ["MAX_TOKENS", "MEAN", "STD", "ImageLike", "Preprocess", "Size", "decode"]
+__all__ = ["MAX_TOKENS", "MEAN", "STD", "ImageLike", "Preprocess", "Size", "decode", "patch_gray"]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -158,6 +159,25 @@ def normalize(rgb: npt.NDArray[np.uint8]) -> Tensor:
     pixels = torch.from_numpy(rgb.copy() if not rgb.flags.writeable else rgb).movedim(-1, 0).float().div_(255)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return pixels.sub_(mean).div_(std).contiguous()
+
+
+def patch_gray(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average the gray of the pixels under each patch; gray is the mean of red, green and blue.
+
+    Args:
+        pixels: what `normalize` gave, (B, 3, H, W).
+        grid: patches (h, w). Where H or W is no multiple of it, patches share the rows or columns of pixels
+            that they meet in.
+
+    Returns:
+        (B, h, w), float32, in [0, 1]: 0 is black.
+
+    >>> patch_gray(normalize(np.full((4, 6, 3), 255, np.uint8))[None], (2, 3)).shape
+    torch.Size([1, 2, 3])
+    """
+    mean, std = torch.tensor(MEAN, device=pixels.device), torch.tensor(STD, device=pixels.device)
+    shares = adaptive_avg_pool2d(pixels.float(), grid)
+    return (shares * std[:, None, None] + mean[:, None, None]).mean(dim=1).clamp(0, 1)
 
 
 def _named(image: ImageLike, name: str) -> str:

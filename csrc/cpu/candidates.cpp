@@ -87,13 +87,21 @@ void Candidates::settle(int64_t q) {
 
 void Candidates::offer(int64_t q, float score, float error, int64_t index, const Measure& measure,
                        const Bank& bank, float* buffer) {
-    Query& query = queries_[q];
+    const Query& query = queries_[q];
     if (query.settled || score < threshold_[q]) return;
-    Candidate candidate{score + query.error, score - 2 * error - query.error, index};
-    if (eager_ && score - error > limit(q)) {
-        const float distance = measure.distance(query.x, bank.get(measure, index, buffer));
-        candidate = decided(q, distance, index, measure.metric);
-    }
+    if (eager_ && score - error > limit(q)) return decide(q, index, measure, bank, buffer);
+    keep(q, {score + query.error, score - 2 * error - query.error, index}, measure, bank, buffer);
+}
+
+void Candidates::decide(int64_t q, int64_t index, const Measure& measure, const Bank& bank, float* buffer) {
+    if (queries_[q].settled) return;
+    const float distance = measure.distance(queries_[q].x, bank.get(measure, index, buffer));
+    keep(q, decided(q, distance, index, measure.metric), measure, bank, buffer);
+}
+
+void Candidates::keep(int64_t q, Candidate candidate, const Measure& measure, const Bank& bank,
+                      float* buffer) {
+    Query& query = queries_[q];
     if (std::isnan(candidate.upper)) candidate.upper = INFINITY;
     if (std::isnan(candidate.lower)) candidate.lower = -INFINITY;
     candidates_[q * room_ + query.found++] = candidate;

@@ -71,6 +71,9 @@ class Candidates {
     void offer(int64_t q, float score, float error, int64_t index, const Measure& measure, const Bank& bank,
                float* buffer);
 
+    // A row to be compared at once.
+    void decide(int64_t q, int64_t index, const Measure& measure, const Bank& bank, float* buffer);
+
     // Decide: distance (k,) ascending, index (k,); equal distances in ascending order of index.
     void finish(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance,
                 int64_t* index);
@@ -88,6 +91,7 @@ class Candidates {
         bool settled;
     };
 
+    void keep(int64_t q, Candidate candidate, const Measure& measure, const Bank& bank, float* buffer);
     void keep_possible(int64_t q);
     void raise(int64_t q, float lower);
     void resolve(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance);

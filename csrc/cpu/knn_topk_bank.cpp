@@ -1,13 +1,14 @@
 #include "knn_topk_bank.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <numeric>
 
 #include "memory.h"
+#include "query_codes.h"
 #include "threads.h"
 
 namespace dinofast {
@@ -17,6 +18,8 @@ constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS;
 constexpr int64_t PRIVATE = 384 << 10;  // bytes of codes that one thread reads again and again from its L2
 constexpr int64_t TILES = 8;            // tiles that one thread takes at a time
 constexpr int64_t CHUNK_OF_QUERIES = 1024;
+constexpr int64_t TILES_OF_CHUNK = (CHUNK_OF_QUERIES + ROWS - 1) / ROWS;
+constexpr int64_t DENSE = 16;  // pairs of a panel and a tile from which scanning all is faster than deciding each
 
 class BankSearch {
   public:
@@ -31,17 +34,21 @@ class BankSearch {
           group_(std::max(PRIVATE / (4 * quads_) / COLUMNS, int64_t{1}) * COLUMNS),
           k_(k),
           threads_(threads),
-          gamma_(product_error(measure.d)) {
+          gamma_(product_error(measure.d)),
+          drawn_error_(bank.groups > 0 ? gamma_ + 4 * bank.outline.error(measure.d) : 0),
+          codes_(int8, TILES_OF_CHUNK, measure.d),
+          drawn_(int8, TILES_OF_CHUNK, bank.groups > 0 ? bank.outline.channels() : 0) {
         own_ = 4 * (d_ + 16) + (ROWS + 2) * bank.groups;
         own_ = round_up(std::max(own_, d_ + measure.tile.rows * padded_depth(d_)), 16);
         scratch_ = allocate<float>(own_ * threads);
         orders_ = allocate<int64_t>(bank.groups * threads);
-        hits_ = allocate<Hit>(ROWS * group_ * threads);
+        numbers_ = allocate<int64_t>(bank.groups);
+        std::iota(numbers_.get(), numbers_.get() + bank.groups, int64_t{0});
+        hits_ = allocate<Hit>(ROWS * (group_ + COLUMNS) * threads);
     }
 
     void search(const Rows& queries, float* distance, int64_t* index, int64_t* visited) {
         const int64_t chunk = std::min(queries.count, CHUNK_OF_QUERIES);
-        const int64_t tiles = (chunk + ROWS - 1) / ROWS;
         prepared_ = allocate<float>(chunk * d_);
         to_group_ = allocate<float>(chunk * bank_.groups);
         pack_centroids();
@@ -49,9 +56,6 @@ class BankSearch {
         order_ = allocate<int64_t>(chunk);
         sq_norm_ = allocate<double>(chunk);
         whole_ = allocate<bool>(chunk);
-        tiles_ = allocate<int32_t>(tiles * quads_ * ROWS);
-        scale_ = allocate<float>(tiles * ROWS);
-        sum_ = allocate<int32_t>(tiles * ROWS);
         Candidates candidates(chunk, k_, true);
         for (int64_t start = 0; start < queries.count; start += chunk) {
             search_chunk(queries, start, std::min(chunk, queries.count - start), candidates, distance, index,
@@ -67,7 +71,7 @@ class BankSearch {
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         {
             float* const mine = scratch_.get() + own_ * thread_number();
-            Hit* const hits = hits_.get() + ROWS * group_ * thread_number();
+            Hit* const hits = hits_.get() + ROWS * (group_ + COLUMNS) * thread_number();
             for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q, mine);
 #pragma omp barrier
             if (bank_.groups > 0) {
@@ -88,9 +92,9 @@ class BankSearch {
             for (int64_t t; (t = next_tile.fetch_add(step)) < tiles;) {
                 const int64_t end = std::min(t + step, tiles);
                 if (bank_.groups > 0) {
-                    scan_groups(t, count, candidates, hits, mine, visited + start);
+                    scan_groups(t, count, candidates, hits, mine, visited + 3 * start);
                 } else {
-                    scan_all(t, end, count, candidates, hits, mine, visited + start);
+                    scan_all(t, end, count, candidates, hits, mine, visited + 3 * start);
                 }
                 for (int64_t i = t * ROWS; i < std::min(end * ROWS, count); ++i) {
                     const int64_t out = start + order_[i];
@@ -172,28 +176,22 @@ class BankSearch {
 
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        int32_t* const out = tiles_.get() + t * quads_ * ROWS;
-        std::fill(out, out + quads_ * ROWS, 0);
         int8_t* const codes = reinterpret_cast<int8_t*>(buffer + d_ + 16);
-        for (int64_t r = 0; r < ROWS; ++r) {
-            const int64_t i = t * ROWS + r;
-            scale_[i] = 0;
-            sum_[i] = 0;
-            if (i >= count) continue;
+        float* const drawn = buffer + 2 * (d_ + 16);
+        const bool outlined = bank_.groups > 0;
+        codes_.clear(t);
+        if (outlined) drawn_.clear(t);
+        for (int64_t i = t * ROWS; i < std::min((t + 1) * ROWS, count); ++i) {
             const int64_t q = order_[i];
             const float* x = prepared_.get() + q * d_;
             subtract(x, bank_.center, d_, buffer);
-            std::fill(codes, codes + quads_ * 4, 0);
-            const Quantized found = quantize(buffer, d_, codes);
-            for (int64_t quad = 0; quad < quads_; ++quad) {
-                std::memcpy(out + quad * ROWS + r, codes + quad * 4, 4);
-            }
-            scale_[i] = found.scale;
-            sum_[i] = found.sum;
-            const float error = quantization_error(found.norm, found.rest, *bank_.weight, gamma_);
-            candidates.start(i, x, sq_norm_[q], error);
+            codes_.fill(i, buffer, *bank_.weight, gamma_, codes);
+            candidates.start(i, x, sq_norm_[q], codes_.error(i));
             const bool zero = measure_.metric == Metric::cosine && measure_.sq_norm(x) == 0;
             if (!whole_[q] || zero) candidates.settle(i);
+            if (!outlined) continue;
+            bank_.outline.draw(measure_.tile.lines, buffer, d_, sq_norm_[q], drawn);
+            drawn_.fill(i, drawn, *bank_.outline.weight, drawn_error_, codes);
         }
     }
 
@@ -205,14 +203,42 @@ class BankSearch {
             const int64_t i = t * ROWS + r;
             threshold[r] = i < count ? candidates.threshold(i) : INFINITY;
         }
-        const int64_t found = int8_.sieve(tiles_.get() + t * quads_ * ROWS, scale_.get() + t * ROWS,
-                                          sum_.get() + t * ROWS, bank_.codes + first * quads_ * 4, columns,
-                                          quads_, bank_.scale + first, bank_.bias + first, threshold, hits);
+        const int64_t found =
+            codes_.sieve(t, bank_.codes, bank_.scale, bank_.bias, first, columns, threshold, hits);
         for (int64_t h = 0; h < found; ++h) {
             const int64_t i = t * ROWS + hits[h].row, column = first + hits[h].column;
             if (i >= count || bank_.index[column] < 0) continue;
             candidates.offer(i, hits[h].score, bank_.error[column], bank_.index[column], measure_, bank_.rows,
                              buffer);
+        }
+    }
+
+    // As scan, but by outlines, which leave few pairs: these are decided, or scanned where they are many.
+    void sift(int64_t t, int64_t count, int64_t first, int64_t columns, Candidates& candidates, Hit* hits,
+              float* buffer, int64_t* scanned, int64_t* decided) {
+        const Outline& outline = bank_.outline;
+        float threshold[ROWS];
+        for (int64_t r = 0; r < ROWS; ++r) {
+            const int64_t i = t * ROWS + r;
+            const bool settled = i >= count || candidates.threshold(i) == INFINITY;
+            threshold[r] = settled ? INFINITY : candidates.limit(i) - drawn_.error(i);
+        }
+        const int64_t found =
+            drawn_.sieve(t, outline.codes, outline.scale, outline.bias, first, columns, threshold, hits);
+        for (int64_t h = 0, end; h < found; h = end) {
+            const int64_t panel = hits[h].column / COLUMNS;
+            for (end = h + 1; end < found && hits[end].column / COLUMNS == panel;) ++end;
+            if (end - h >= DENSE) {
+                scan(t, count, first + panel * COLUMNS, COLUMNS, candidates, hits + ROWS * group_, buffer);
+                *scanned += COLUMNS;
+                continue;
+            }
+            for (; h < end; ++h) {
+                const int64_t i = t * ROWS + hits[h].row, row = bank_.index[first + hits[h].column];
+                if (i >= count || row < 0 || hits[h].score + drawn_.error(i) < candidates.limit(i)) continue;
+                candidates.decide(i, row, measure_, bank_.rows, buffer);
+                ++decided[hits[h].row];
+            }
         }
     }
 
@@ -223,11 +249,13 @@ class BankSearch {
                 scan(t, count, c, std::min(group_, bank_.columns - c), candidates, hits, buffer);
             }
         }
-        for (int64_t i = begin * ROWS; i < std::min(end * ROWS, count); ++i)
-            visited[order_[i]] = bank_.columns;
+        for (int64_t i = begin * ROWS; i < std::min(end * ROWS, count); ++i) {
+            std::copy_n(std::array<int64_t, 3>{0, bank_.columns, 0}.data(), 3, visited + 3 * order_[i]);
+        }
     }
 
-    // Groups in the order of the best score that one may hold; those that cannot help any query are skipped.
+    // The groups nearest to each query, then the others in the order of the best score that one may hold;
+    // those that cannot help any query are skipped.
     void scan_groups(int64_t t, int64_t count, Candidates& candidates, Hit* hits, float* buffer,
                      int64_t* visited) {
         const int64_t groups = bank_.groups, rows = std::min<int64_t>(ROWS, count - t * ROWS);
@@ -250,23 +278,37 @@ class BankSearch {
             }
             enough[r] = probes_ > 0 ? probe_limit(most, r, key + groups) : -INFINITY;
         }
-        std::iota(order, order + groups, int64_t{0});
-        std::stable_sort(order, order + groups, [key](int64_t a, int64_t b) { return key[a] > key[b]; });
-        int64_t seen = 0;
-        for (int64_t i = 0; i < groups; ++i) {
-            const int64_t g = order[i];
-            bool wanted = false;
+        const auto wanted = [&](int64_t g) {
             for (int64_t r = 0; r < rows; ++r) {
                 const float limit = candidates.limit(t * ROWS + r), best = most[g * ROWS + r];
-                wanted |= best >= limit && best > -INFINITY && (best >= enough[r] || limit == -INFINITY);
+                if (best >= limit && best > -INFINITY && (best >= enough[r] || limit == -INFINITY)) return true;
             }
-            if (!wanted) continue;
-            for (int64_t c = bank_.starts[g]; c < bank_.starts[g + 1]; c += group_) {
-                scan(t, count, c, std::min(group_, bank_.starts[g + 1] - c), candidates, hits, buffer);
+            return false;
+        };
+        int64_t seen = 0, scanned = 0, decided[ROWS] = {};
+        const auto visit = [&](int64_t g) {
+            const int64_t end = bank_.starts[g + 1];
+            for (int64_t c = bank_.starts[g]; c < end; c += group_) {
+                sift(t, count, c, std::min(group_, end - c), candidates, hits, buffer, &scanned, decided);
             }
-            seen += bank_.starts[g + 1] - bank_.starts[g];
+            seen += end - bank_.starts[g];
+            for (int64_t r = 0; r < rows; ++r) most[g * ROWS + r] = -INFINITY;
+        };
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t g = nearest_[order_[t * ROWS + r]];
+            if (wanted(g)) visit(g);
         }
-        for (int64_t r = 0; r < rows; ++r) visited[order_[t * ROWS + r]] = seen;
+        int64_t* const last = std::copy_if(numbers_.get(), numbers_.get() + groups, order, wanted);
+        std::sort(order, last, [key](int64_t a, int64_t b) {
+            return key[a] > key[b] || (key[a] == key[b] && a < b);
+        });
+        for (const int64_t* g = order; g < last; ++g) {
+            if (wanted(*g)) visit(*g);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            std::copy_n(std::array<int64_t, 3>{seen, scanned, decided[r]}.data(), 3,
+                        visited + 3 * order_[t * ROWS + r]);
+        }
     }
 
     // The score that the best `probes` groups of row r may reach.
@@ -295,11 +337,12 @@ class BankSearch {
     const int64_t d_, quads_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
+    const float drawn_error_;
+    QueryCodes codes_, drawn_;
     int64_t own_;
-    Array<float> scratch_, prepared_, panels_, half_, to_group_, scale_;
-    Array<int64_t> nearest_, order_, orders_;
+    Array<float> scratch_, prepared_, panels_, half_, to_group_;
+    Array<int64_t> nearest_, order_, orders_, numbers_;
     Array<double> sq_norm_;
-    Array<int32_t> tiles_, sum_;
     Array<bool> whole_;
     Array<Hit> hits_;
 };

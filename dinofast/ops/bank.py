@@ -29,6 +29,9 @@ WORTHWHILE = {
     False: 0.05,
 }  # share of rows visited below which groups pay: with int8 hardware, without
 HELD = 192  # rows that the automatic choice and the recall are measured on
+ROUNDS = 8  # of k-means
+DIRECTIONS = 60  # of an outline: with its four other channels, 64
+SAMPLE = 2048  # rows that these are found from
 PROBES = 8  # groups that an approximate search looks into
 
 
@@ -236,7 +239,7 @@ class Bank:
 
     def _choose(self, packed: list[Tensor], start: float) -> None:
         visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
-        share = float(visited.double().mean()) / packed[0].shape[0]
+        share = _share(visited, len(packed[0]))
         int8 = providers.has_int8()
         if share < WORTHWHILE[int8]:
             self._use(packed, "pruned", f"a search visits {share:.1%} of the rows", start)
@@ -261,7 +264,7 @@ class Bank:
         probes = PROBES if self.strategy == "approximate" else 0
         distance, index, visited = knn_bank(queries, self.packed, k, self.metric, probes)
         if len(queries):
-            self.visited_share = min(float(visited.double().mean()) / len(self), 1.0)
+            self.visited_share = min(_share(visited, len(self)), 1.0)
         return distance, index
 
 
@@ -271,6 +274,10 @@ def knn_bank(
     """Call the operator on the tensors of a bank."""
     distance, index, visited = torch.ops.dinofast.knn_topk_bank.default(queries, packed, k, metric, probes)
     return distance, index, visited
+
+
+def _share(visited: Tensor, m: int) -> float:
+    return float(visited.double().mean(0).max()) / m
 
 
 def _no_codes(rows: Tensor) -> str:
@@ -345,21 +352,53 @@ def _held(rows: Tensor) -> Tensor:
 
 
 def _group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,)."""
+    """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,).
+
+    A first draw misses many clusters where there are about as many as centroids; so centroids are added in
+    rounds, drawn by the squared distance to the nearest there is, as in k-means||.
+
+    References:
+        Bahmani et al., "Scalable k-means++", VLDB 2012, arXiv 1203.6402.
+    """
     m = rows.shape[0]
-    count = max(1, min(int(m**0.5), 4096))
-    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
-    centroids, sample = rows[order[:count]].clone(), rows[order[: 32 * count]]
-    for _ in range(5):
-        group = knn_rows(sample, centroids, 1, "sqeuclidean")[1][:, 0]
-        size = torch.bincount(group, minlength=count)
-        total = torch.zeros_like(centroids).index_add_(0, group, sample)
-        centroids = torch.where(size[:, None] > 0, total / size[:, None].clamp_min(1), centroids)
+    count = max(1, min(2 * int(m**0.5), m // 16, 4096))
+    generator = torch.Generator().manual_seed(seed)
+    sample = rows[torch.randperm(m, generator=generator)[: 32 * count]]
+    centroids = sample[: count // 2 or 1].clone()
+    for _ in range(ROUNDS):
+        distance, group = (x[:, 0] for x in knn_rows(sample, centroids, 1, "sqeuclidean"))
+        centroids = _means(sample, group, centroids)
+        missing = min(count - len(centroids), -(-count // 8), int((distance > 0).sum()))
+        if missing and bool(distance.isfinite().all()):
+            added = torch.multinomial(distance.double(), missing, generator=generator)
+            centroids = torch.cat([centroids, sample[added]])
     if not bool(centroids.isfinite().all()):  # norms beyond float32's sums
-        centroids = rows[order[:1]].clone()
-    distance, index = knn_rows(rows, centroids, 1, "euclidean")
-    radius = torch.zeros(len(centroids)).scatter_reduce_(0, index[:, 0], distance[:, 0], "amax")
-    return centroids, radius * (1 + 1e-6), index[:, 0]
+        centroids = sample[:1].clone()
+    distance, group = (x[:, 0] for x in knn_rows(rows, centroids, 1, "euclidean"))
+    radius = torch.zeros(len(centroids)).scatter_reduce_(0, group, distance, "amax")
+    return centroids, radius * (1 + 1e-6), group
+
+
+def _means(rows: Tensor, group: Tensor, centroids: Tensor) -> Tensor:
+    """Average the rows of each group; a group without rows keeps its centroid."""
+    size = torch.bincount(group, minlength=len(centroids))[:, None]
+    total = torch.zeros_like(centroids).index_add_(0, group, rows)
+    return torch.where(size > 0, total / size.clamp_min(1), centroids)
+
+
+def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
+    """Find the directions (D, H) in which rows vary most, and a bound on their skew."""
+    m, d = rows.shape
+    depth = min(DIRECTIONS, d // 8 * 4)
+    sample = rows[:: max(1, m // SAMPLE)][:SAMPLE].double() - center
+    narrow = d <= len(sample)
+    _, vectors = torch.linalg.eigh(sample.T @ sample if narrow else sample @ sample.T)
+    most = vectors.flip(1)[:, :depth]
+    directions = torch.zeros(d, depth, dtype=torch.float64)
+    directions[:, : most.shape[1]] = most if narrow else sample.T @ most
+    basis = torch.linalg.qr(directions)[0].float()
+    skew = basis.double().T @ basis.double() - torch.eye(depth)
+    return basis.contiguous(), float(skew.norm()) * (1 + 1e-6)
 
 
 def _pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
@@ -382,7 +421,15 @@ def _pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | Non
         torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
         *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
         row,
-        *((starts, *groups[:2]) if groups else ()),
     ]
+    if groups:
+        basis, skew = _basis(rows, packed[1])
+        channels = basis.shape[1] + 4
+        packed += [
+            *(starts, *groups[:2], basis),
+            torch.tensor([0, skew]),
+            torch.zeros(columns * 4 * ((channels + 3) // 4), dtype=torch.uint8),
+            *(torch.zeros(columns) for _ in ("outline_scale", "outline_bias")),
+        ]
     providers.quantize_bank(packed, metric)
     return packed

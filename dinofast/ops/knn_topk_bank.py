@@ -18,6 +18,7 @@ STRATEGIES = ("float32", "lowp", "pruned")
 FORMS = (
     *("rows", "center", "weight", "codes", "scale", "bias", "error", "row"),
     *("starts", "centroids", "radius"),
+    *("basis", "outline_weight", "outline_codes", "outline_scale", "outline_bias"),
 )
 """The tensors behind a Bank, on the CPU, in the order of the operator's list.
 
@@ -35,6 +36,10 @@ first of these alone, the first eight, or all.
 - starts: (G + 1,), int64, first column of each group.
 - centroids: (G, D), float32.
 - radius: (G,), float32: no row of the group is farther from its centroid.
+- basis: (D, H), float32, H <= D, orthonormal columns. The outline of a row are its H coordinates in this basis
+  and four channels of half the norm of what they leave: T = H + 4 channels.
+- outline_weight: (2,), float32: weight, and a bound on how far the basis is from orthonormal.
+- outline_codes: (P · 4 · ceil(T / 4),), uint8; outline_scale, outline_bias: (P,), float32: as for the rows.
 """
 UNGROUPED = 8
 
@@ -45,7 +50,7 @@ def _reference(
     _fake(queries, packed, k, metric, probes)
     dtype = result_dtype(queries)
     distance, index = search(queries.to(dtype), packed[0].to(dtype), k, metric)
-    return distance, index, torch.full_like(index[:, 0], packed[0].shape[0])
+    return distance, index, torch.tensor([0, 0, packed[0].shape[0]], device=index.device).repeat(len(index), 1)
 
 
 def _fake(
@@ -66,7 +71,7 @@ def _fake(
     return (
         queries.new_empty((q, k), dtype=result_dtype(queries)),
         queries.new_empty((q, k), dtype=torch.int64),
-        queries.new_empty(q, dtype=torch.int64),
+        queries.new_empty((q, 3), dtype=torch.int64),
     )
 
 

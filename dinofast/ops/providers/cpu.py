@@ -162,7 +162,7 @@ else:
                 index.data_ptr(),
                 _threads(),
             )
-            return distance, index, visited.fill_(m)
+            return distance, index, visited.copy_(torch.tensor([0, 0, m]))
         queries = dense(queries)
         _native.knn_topk_bank(
             *matrix(queries),
@@ -171,7 +171,7 @@ else:
             _pointers(packed),
             m,
             len(packed[UNGROUPED - 1]),
-            len(packed[-1]) if len(packed) > UNGROUPED else 0,
+            *_groups(packed),
             k,
             METRICS.index(metric),
             probes,
@@ -320,15 +320,22 @@ def unit_rows(rows: Tensor) -> Tensor:
     return out
 
 
+def _groups(packed: list[Tensor]) -> tuple[int, int]:
+    """Count the groups and the directions of their outlines."""
+    if len(packed) == UNGROUPED:
+        return 0, 0
+    return len(packed[FORMS.index("radius")]), packed[FORMS.index("basis")].shape[1]
+
+
 def _pointers(packed: list[Tensor]) -> list[int]:
     return [x.data_ptr() for x in packed] + [0] * (len(FORMS) - len(packed))
 
 
 @_naming_isa
 def quantize_bank(packed: list[Tensor], metric: str) -> None:
-    """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS` from the rest."""
+    """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS`, also of outlines, from the rest."""
     (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
-    _native.quantize_bank(_pointers(packed), m, d, columns, METRICS.index(metric), _threads())
+    _native.quantize_bank(_pointers(packed), m, d, columns, *_groups(packed), METRICS.index(metric), _threads())
 
 
 @_naming_isa

@@ -9,6 +9,13 @@
 
 namespace dinofast {
 
+// One tile for the sieve, of any queries.
+struct QueryTile {
+    int32_t* codes;  // quads * Int8Tile::ROWS
+    float scale[Int8Tile::ROWS];
+    int32_t sum[Int8Tile::ROWS];
+};
+
 class QueryCodes {
   public:
     QueryCodes(const Int8Tile& int8, int64_t tiles, int64_t channels)
@@ -41,11 +48,33 @@ class QueryCodes {
         error_[i] = quantization_error(found.norm, found.rest, weight, gamma);
     }
 
-    // Int8Tile::sieve of a tile over columns `first` to first + columns of a bank's codes, scales and biases.
+    int64_t codes_of_tile() const { return quads_ * ROWS; }
+
+    // Collect n <= ROWS queries; what is left of the tile is zero.
+    void gather(const int64_t* queries, int64_t n, QueryTile& tile) const {
+        std::fill_n(tile.codes, quads_ * ROWS, 0);
+        std::fill_n(tile.scale, ROWS, 0.0f);
+        std::fill_n(tile.sum, ROWS, 0);
+        for (int64_t r = 0; r < n; ++r) {
+            const int64_t i = queries[r];
+            const int32_t* const from = tiles_.get() + i / ROWS * quads_ * ROWS + i % ROWS;
+            for (int64_t quad = 0; quad < quads_; ++quad) tile.codes[quad * ROWS + r] = from[quad * ROWS];
+            tile.scale[r] = scale_[i];
+            tile.sum[r] = sum_[i];
+        }
+    }
+
+    // Int8Tile::sieve over columns `first` to first + columns of a bank's codes, scales and biases: of the
+    // queries of one tile in order, or of those collected.
     int64_t sieve(int64_t tile, const uint8_t* codes, const float* scale, const float* bias, int64_t first,
                   int64_t columns, const float* threshold, Hit* hits) const {
         return int8_.sieve(tiles_.get() + tile * quads_ * ROWS, scale_.get() + tile * ROWS,
                            sum_.get() + tile * ROWS, codes + first * quads_ * 4, columns, quads_,
+                           scale + first, bias + first, threshold, hits);
+    }
+    int64_t sieve(const QueryTile& tile, const uint8_t* codes, const float* scale, const float* bias,
+                  int64_t first, int64_t columns, const float* threshold, Hit* hits) const {
+        return int8_.sieve(tile.codes, tile.scale, tile.sum, codes + first * quads_ * 4, columns, quads_,
                            scale + first, bias + first, threshold, hits);
     }
 

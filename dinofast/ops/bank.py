@@ -361,7 +361,7 @@ def _group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         Bahmani et al., "Scalable k-means++", VLDB 2012, arXiv 1203.6402.
     """
     m = rows.shape[0]
-    count = max(1, min(2 * int(m**0.5), m // 16, 4096))
+    count = max(1, min(2 * int(m**0.5), m // 64, 4096))
     generator = torch.Generator().manual_seed(seed)
     sample = rows[torch.randperm(m, generator=generator)[: 32 * count]]
     centroids = sample[: count // 2 or 1].clone()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import Bank, knn_topk, providers
-from dinofast.ops.bank import _group, _pack, knn_bank
+from dinofast.ops.bank import knn_bank
+from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk_bank import FORMS
 
@@ -26,8 +27,8 @@ def forms(rows, metric):
     (one,) = Bank(rows, metric, "float32").packed
     return {
         "float32": [one],
-        "lowp": _pack(one, metric, None),
-        "pruned": _pack(one, metric, _group(one, 0)),
+        "lowp": pack(one, metric, None),
+        "pruned": pack(one, metric, group(one, 0)),
     }
 
 
@@ -90,7 +91,7 @@ def test_drawn_banks(data, metric, isa):
 def test_the_bound_on_the_quantization_error_holds_and_is_not_idle():
     """score + error of both sides is above the true score, score − 2 · error below; and not by much."""
     rows = torch.nn.functional.normalize(clustered(500, 384))
-    packed = SimpleNamespace(**dict(zip(FORMS, _pack(rows, "cosine", None), strict=False)))
+    packed = SimpleNamespace(**dict(zip(FORMS, pack(rows, "cosine", None), strict=False)))
     codes = packed.codes.view(-1, 96, 32, 4).permute(0, 2, 1, 3).reshape(-1, 384).double() - 128
     approximate = codes * packed.scale.double()[:, None]
     centered = (rows - packed.center).double()
@@ -185,7 +186,7 @@ def test_save_and_load_keep_every_number(tmp_path, strategy):
     ("tensors", "config", "message"),
     [
         ({"rows": torch.tensor([[10**9, 0]])}, {}, "must be a floating-point matrix, got torch.int64"),
-        ({"rows": torch.eye(2).double()}, {}, "rows must be float32, got torch.float64"),
+        ({"rows": torch.eye(2).double()}, {}, "rows must be contiguous float32, got torch.float64"),
         ({"rows": torch.ones(2)}, {}, r"must be a floating-point matrix, got torch.float32 \(2,\)"),
         ({"rows": torch.ones(0, 2)}, {}, "no rows or no channels"),
         ({"rows": torch.tensor([[1, 0], [math.nan, 1]])}, {}, "row 1 holds NaN or inf"),

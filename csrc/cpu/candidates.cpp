@@ -7,7 +7,8 @@
 namespace dinofast {
 namespace {
 
-constexpr double UNIT = 0x1p-24;  // largest relative error of one float32 rounding
+constexpr double UNIT = 0x1p-24;         // largest relative error of one float32 rounding
+constexpr double UNIT_SQUARE = 0x1p-20;  // how far from 1 a squared norm may be
 
 struct Neighbor {
     float distance;
@@ -28,7 +29,7 @@ float product_error(int64_t d) {
 bool Measure::unit_row(const float* x, float* out) const {
     const double sum = sq_norm(x);
     if (!std::isfinite(sum)) return false;
-    const double scale = sum == 0 ? 0 : 1 / std::sqrt(sum);
+    const double scale = sum == 0 ? 0 : std::abs(sum - 1) <= UNIT_SQUARE ? 1 : 1 / std::sqrt(sum);
     for (int64_t k = 0; k < d; ++k) out[k] = static_cast<float>(x[k] * scale);
     return true;
 }

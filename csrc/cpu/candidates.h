@@ -27,7 +27,8 @@ struct Measure {
     // Squared norm in float64.
     double sq_norm(const float* x) const { return tile.lines.sq_distance(x, origin, d); }
 
-    // Scale x to unit norm into out; a zero row stays zero. False when x holds NaN or inf.
+    // Scale x to unit norm into out; a zero row stays zero, and so does a row that float32 rounding may have
+    // left so: scaling twice is scaling once. False when x holds NaN or inf.
     bool unit_row(const float* x, float* out) const;
 
     // In [0, 2] for cosine; a zero row is at distance 1 from everything.

@@ -13,8 +13,9 @@ from torch import Tensor
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
+from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS, knn_rows
-from dinofast.ops.knn_topk_bank import UNGROUPED
+from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
 from dinofast.ops.rows import BLOCK, normalize_rows
 
 if TYPE_CHECKING:
@@ -23,15 +24,12 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "float32", "lowp", "pruned", "approximate")
 FEW = 4096  # rows below which the automatic choice prepares nothing
-MANY = 16384  # rows from which it tries groups
-WORTHWHILE = {
-    True: 0.3,
-    False: 0.05,
-}  # share of rows visited below which groups pay: with int8 hardware, without
+WORTHWHILE = {True: 0.8, False: 0.2}
+"""Cost relative to comparing all codes below which groups pay: with int8 hardware, without."""
+DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
+PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
-ROUNDS = 8  # of k-means
-DIRECTIONS = 60  # of an outline: with its four other channels, 64
-SAMPLE = 2048  # rows that these are found from
+UNIT = 4.5e-7  # how far from 1 a norm may be that the kernels take as it is; they take 2**-21
 PROBES = 8  # groups that an approximate search looks into
 
 
@@ -39,12 +37,13 @@ class Bank:
     """Keep rows in the forms that make searching them fast; give it to `knn_topk` in place of a tensor.
 
     "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
-    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means and skips
-    groups that the triangle inequality rules out. These three give the same results, bit for bit.
+    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups that
+    the triangle inequality rules out, and first compares what is left by outlines: up to 92 principal
+    coordinates and the norm of the rest, which bound a product by Cauchy-Schwarz. These three give the same results, bit for bit.
     "approximate" looks only into the groups nearest to a query and may miss neighbors; `recall` tells how
-    many. "auto" takes "float32" for fewer than 4096 rows, "pruned" from 16384 rows on where a search for the
-    nearest other row of 192 rows visits less than 30 % of the bank (5 % without int8 instructions), else
-    "lowp" with such instructions, else "float32".
+    many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a search for the nearest other row of
+    192 rows counts at most 80 % of the work of "lowp" (20 % without int8 instructions), else "lowp" with such
+    instructions, else "float32".
 
     A bank on another device than the CPU, and any bank without the native kernels, is "float32".
 
@@ -54,6 +53,8 @@ class Bank:
         metric: "cosine", "euclidean" or "sqeuclidean", as for `knn_topk`.
         strategy: one of "auto", "float32", "lowp", "pruned", "approximate".
         seed: of the k-means that groups rows.
+        adopt: keep the rows that are given, not a copy: contiguous float32, for "cosine" of unit norm to
+            4e-7 or zero, as `add` leaves them. They must not change while the bank is used.
 
     Attributes:
         metric: as given.
@@ -66,7 +67,7 @@ class Bank:
 
     Raises:
         InputError: rows are no matrix, not floating point, none, hold NaN or inf; unknown metric or strategy;
-            the seed is no integer of 64 bits.
+            the seed is no integer of 64 bits; rows to adopt are not as said there.
 
     >>> from dinofast.ops import knn_topk
     >>> bank = Bank(torch.eye(3))
@@ -81,12 +82,15 @@ class Bank:
         metric: str = "cosine",
         strategy: str = "auto",
         seed: int = 0,
+        adopt: bool = False,
     ) -> None:
         start = time.perf_counter()
         self._configure(metric, strategy, seed)
         self.mapped = not isinstance(rows, Tensor)
         if isinstance(rows, Tensor):
-            self._build(_prepare(rows, metric), start)
+            if adopt:
+                _check_prepared(rows, metric)
+            self._build(rows.detach() if adopt else _prepare(rows, metric), start)
             return
         tensor = _map(rows)
         if strategy not in ("auto", "float32"):
@@ -222,14 +226,10 @@ class Bank:
         if wanted == "float32" or reason:
             self._use([rows], "float32", "" if wanted == "float32" else reason, start)
             return
-        if wanted == "lowp" or (wanted == "auto" and m < MANY):
-            if wanted == "auto" and not providers.has_int8():
-                self._use([rows], "float32", "this processor has no int8 instructions", start)
-                return
-            reason = f"the bank has fewer than {MANY} rows" if wanted == "auto" else ""
-            self._use(_pack(rows, self.metric, None), "lowp", reason, start)
+        if wanted == "lowp":
+            self._use(pack(rows, self.metric, None), "lowp", "", start)
             return
-        packed = _pack(rows, self.metric, _group(rows, self._seed))
+        packed = pack(rows, self.metric, group(rows, self._seed))
         self._use(packed, "pruned" if wanted == "auto" else wanted, "", start)
         if wanted == "auto":
             self._choose(packed, start)
@@ -241,10 +241,11 @@ class Bank:
         visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
         share = _share(visited, len(packed[0]))
         int8 = providers.has_int8()
-        if share < WORTHWHILE[int8]:
+        cost = _cost(visited, packed)
+        if cost < WORTHWHILE[int8]:
             self._use(packed, "pruned", f"a search visits {share:.1%} of the rows", start)
             return
-        reason = f"groups rule out too little: a search would visit {min(share, 1):.1%} of the rows"
+        reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
         if int8:
             self._use(packed[:UNGROUPED], "lowp", reason, start)
         else:
@@ -280,6 +281,15 @@ def _share(visited: Tensor, m: int) -> float:
     return float(visited.double().mean(0).max()) / m
 
 
+def _cost(visited: Tensor, packed: list[Tensor]) -> float:
+    """Estimate the cost of a search by groups, relative to comparing all codes."""
+    forms = dict(zip(FORMS, packed, strict=True))
+    m, d = packed[0].shape
+    outlines, codes, decided = (visited.double().mean(0) / m).tolist()
+    channels, groups = forms["basis"].shape[1] + 4, len(forms["radius"])
+    return float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
+
+
 def _no_codes(rows: Tensor) -> str:
     """Tell why this machine cannot search the rows by codes, or nothing."""
     if rows.device.type != "cpu":
@@ -307,12 +317,14 @@ def _prepare(rows: Tensor, metric: str) -> Tensor:
 def _check_prepared(rows: Tensor, metric: str) -> None:
     """Refuse what `_prepare` cannot have given."""
     _check_rows(rows)
-    if rows.dtype != torch.float32:
-        raise InputError(f"Bank: rows must be float32, got {rows.dtype}")
+    if rows.dtype != torch.float32 or not rows.is_contiguous():
+        raise InputError(
+            f"Bank: rows must be contiguous float32, got {rows.dtype} of strides {rows.stride()}"
+        )
     _check_finite(rows)
     for start, block in _blocks(rows) if metric == "cosine" else ():
         norm = block.double().norm(dim=1)
-        wrong = ((norm != 0) & ((norm - 1).abs() > 1e-5)).nonzero()
+        wrong = ((norm != 0) & ((norm - 1).abs() > UNIT)).nonzero()
         if len(wrong):
             raise InputError(f"Bank: row {start + int(wrong[0])} has norm {norm[wrong[0]].item():.6g}, not 1")
 
@@ -349,87 +361,3 @@ def _map(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Tensor:
 def _held(rows: Tensor) -> Tensor:
     """Take up to `HELD` rows, evenly."""
     return rows[:: max(1, rows.shape[0] // HELD)][:HELD]
-
-
-def _group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,).
-
-    A first draw misses many clusters where there are about as many as centroids; so centroids are added in
-    rounds, drawn by the squared distance to the nearest there is, as in k-means||.
-
-    References:
-        Bahmani et al., "Scalable k-means++", VLDB 2012, arXiv 1203.6402.
-    """
-    m = rows.shape[0]
-    count = max(1, min(2 * int(m**0.5), m // 64, 4096))
-    generator = torch.Generator().manual_seed(seed)
-    sample = rows[torch.randperm(m, generator=generator)[: 32 * count]]
-    centroids = sample[: count // 2 or 1].clone()
-    for _ in range(ROUNDS):
-        distance, group = (x[:, 0] for x in knn_rows(sample, centroids, 1, "sqeuclidean"))
-        centroids = _means(sample, group, centroids)
-        missing = min(count - len(centroids), -(-count // 8), int((distance > 0).sum()))
-        if missing and bool(distance.isfinite().all()):
-            added = torch.multinomial(distance.double(), missing, generator=generator)
-            centroids = torch.cat([centroids, sample[added]])
-    if not bool(centroids.isfinite().all()):  # norms beyond float32's sums
-        centroids = sample[:1].clone()
-    distance, group = (x[:, 0] for x in knn_rows(rows, centroids, 1, "euclidean"))
-    radius = torch.zeros(len(centroids)).scatter_reduce_(0, group, distance, "amax")
-    return centroids, radius * (1 + 1e-6), group
-
-
-def _means(rows: Tensor, group: Tensor, centroids: Tensor) -> Tensor:
-    """Average the rows of each group; a group without rows keeps its centroid."""
-    size = torch.bincount(group, minlength=len(centroids))[:, None]
-    total = torch.zeros_like(centroids).index_add_(0, group, rows)
-    return torch.where(size > 0, total / size.clamp_min(1), centroids)
-
-
-def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
-    """Find the directions (D, H) in which rows vary most, and a bound on their skew."""
-    m, d = rows.shape
-    depth = min(DIRECTIONS, d // 8 * 4)
-    sample = rows[:: max(1, m // SAMPLE)][:SAMPLE].double() - center
-    narrow = d <= len(sample)
-    _, vectors = torch.linalg.eigh(sample.T @ sample if narrow else sample @ sample.T)
-    most = vectors.flip(1)[:, :depth]
-    directions = torch.zeros(d, depth, dtype=torch.float64)
-    directions[:, : most.shape[1]] = most if narrow else sample.T @ most
-    basis = torch.linalg.qr(directions)[0].float()
-    skew = basis.double().T @ basis.double() - torch.eye(depth)
-    return basis.contiguous(), float(skew.norm()) * (1 + 1e-6)
-
-
-def _pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
-    """Quantize rows, group after group, each padded to whole panels."""
-    width, (m, d) = providers.int8_columns(), rows.shape
-    group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
-    size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
-    padded = (size + width - 1) // width * width
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
-    order = group.argsort(stable=True)
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
-    columns = int(starts[-1])
-    row = torch.full((columns,), -1, dtype=torch.int64)
-    row[starts[group[order]] + torch.arange(m) - first[group[order]]] = order
-    center = rows[:: max(1, m // 1024)].double().mean(dim=0).float()
-    packed = [
-        rows,
-        torch.where(center.isfinite(), center, 0),
-        torch.zeros(1),
-        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
-        *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
-        row,
-    ]
-    if groups:
-        basis, skew = _basis(rows, packed[1])
-        channels = basis.shape[1] + 4
-        packed += [
-            *(starts, *groups[:2], basis),
-            torch.tensor([0, skew]),
-            torch.zeros(columns * 4 * ((channels + 3) // 4), dtype=torch.uint8),
-            *(torch.zeros(columns) for _ in ("outline_scale", "outline_bias")),
-        ]
-    providers.quantize_bank(packed, metric)
-    return packed

@@ -50,7 +50,11 @@ def _reference(
     _fake(queries, packed, k, metric, probes)
     dtype = result_dtype(queries)
     distance, index = search(queries.to(dtype), packed[0].to(dtype), k, metric)
-    return distance, index, torch.tensor([0, 0, packed[0].shape[0]], device=index.device).repeat(len(index), 1)
+    return (
+        distance,
+        index,
+        torch.tensor([0, 0, packed[0].shape[0]], device=index.device).repeat(len(index), 1),
+    )
 
 
 def _fake(

@@ -335,7 +335,9 @@ def _pointers(packed: list[Tensor]) -> list[int]:
 def quantize_bank(packed: list[Tensor], metric: str) -> None:
     """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS`, also of outlines, from the rest."""
     (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
-    _native.quantize_bank(_pointers(packed), m, d, columns, *_groups(packed), METRICS.index(metric), _threads())
+    _native.quantize_bank(
+        _pointers(packed), m, d, columns, *_groups(packed), METRICS.index(metric), _threads()
+    )
 
 
 @_naming_isa

@@ -54,10 +54,10 @@ class MemoryBank(Model):
     Features may be float32, bfloat16 or float16; the bank and all distances are float32. Search is
     exhaustive, so the order of images and batches changes scores by float32 rounding at most.
 
-    From 4096 rows on, the first score on the CPU prepares a `dinofast.ops.Bank` beside the rows, about 1.5 · M · D
-    bytes more, which later scores use until the rows change. It changes no bit of the scores. For a single
-    neighbor by cosine, distances of so many rows come from Σ(x−y)²/2, of fewer from 1 − cosine, which
-    differs by at most 1e-6.
+    From 4096 rows on, the first score on the CPU prepares a `dinofast.ops.Bank` beside the rows, about
+    1.6 · M · D bytes more, which later scores use until the rows change. It changes no bit of the scores. For
+    a single neighbor by cosine, distances of so many rows come from Σ(x−y)²/2, of fewer from 1 − cosine,
+    which differs by at most 1e-6.
 
     Memory: the bank takes 4 · M · D bytes for M patches. `fit` holds the bank, one batch with its
     temporaries and at most 64 MiB more; for features on another device, the growing bank is on the host.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ WORTHWHILE = {True: 0.8, False: 0.2}
 DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
 PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
+STREAMED = 1 << 24  # elements of a mapped file that are searched at a time
 UNIT = 4.5e-7  # how far from 1 a norm may be that the kernels take as it is; they take 2**-21
 PROBES = 8  # groups that an approximate search looks into
 
@@ -37,19 +38,20 @@ class Bank:
     """Keep rows in the forms that make searching them fast; give it to `knn_topk` in place of a tensor.
 
     "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
-    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups that
-    the triangle inequality rules out, and first compares what is left by outlines: up to 92 principal
-    coordinates and the norm of the rest, which bound a product by Cauchy-Schwarz. These three give the same results, bit for bit.
-    "approximate" looks only into the groups nearest to a query and may miss neighbors; `recall` tells how
-    many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a search for the nearest other row of
-    192 rows counts at most 80 % of the work of "lowp" (20 % without int8 instructions), else "lowp" with such
-    instructions, else "float32".
+    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups
+    that the triangle inequality rules out, and compares the rest by outlines first: up to 92 principal
+    coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These three give the
+    same results, bit for bit. "approximate" looks only into the groups nearest to a query and may miss
+    neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a
+    search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without int8
+    instructions), else "lowp" with such instructions, else "float32".
 
     A bank on another device than the CPU, and any bank without the native kernels, is "float32".
 
     Args:
         rows: (M, D), M >= 1, floating point, finite; copied and kept as float32. A `numpy.memmap` of float32
-            is neither copied nor prepared: every search streams it from the file, by "float32".
+            is neither copied nor prepared: every search streams it from the file, by "float32"; it holds
+            64 MiB at a time of a map that is opened for reading only.
         metric: "cosine", "euclidean" or "sqeuclidean", as for `knn_topk`.
         strategy: one of "auto", "float32", "lowp", "pruned", "approximate".
         seed: of the k-means that groups rows.
@@ -93,9 +95,10 @@ class Bank:
             self._build(rows.detach() if adopt else _prepare(rows, metric), start)
             return
         tensor = _map(rows)
+        self._let_go = _letting_go(rows)
         if strategy not in ("auto", "float32"):
             raise InputError(f"Bank: a memory-mapped bank is searched by 'float32', not {strategy!r}")
-        _check_finite(tensor)
+        _check_finite(tensor, self._let_go)
         self._use([tensor], "float32", "the rows are memory-mapped", start)
 
     def _configure(self, metric: str, strategy: str, seed: int) -> None:
@@ -261,12 +264,29 @@ class Bank:
         """Answer `knn_topk(queries, self, k)`."""
         if self.mapped:
             self.visited_share = 1.0
-            return knn_rows(queries.to(torch.float32), self.rows, k, self.metric)
+            return self._stream(queries.to(torch.float32), k)
         probes = PROBES if self.strategy == "approximate" else 0
         distance, index, visited = knn_bank(queries, self.packed, k, self.metric, probes)
         if len(queries):
             self.visited_share = min(_share(visited, len(self)), 1.0)
         return distance, index
+
+    def _stream(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Search block after block of the mapped file, and let the pages of each go."""
+        found: tuple[Tensor, Tensor] | None = None
+        step = max(k, STREAMED // self.rows.shape[1])
+        for start in range(0, max(len(self) - k, 0) + 1, step):
+            last = start + step > len(self) - k
+            block = self.rows[start:] if last else self.rows[start : start + step]
+            distance, index = knn_rows(queries, block, k, self.metric)
+            index += start
+            if found:  # equal distances of earlier blocks stay first
+                distance, order = torch.cat([found[0], distance], 1).sort(dim=1, stable=True)
+                index = torch.cat([found[1], index], 1).gather(1, order)
+            found = distance[:, :k].contiguous(), index[:, :k].contiguous()
+            self._let_go()
+        assert found is not None
+        return found
 
 
 def knn_bank(
@@ -335,8 +355,9 @@ def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, rows[start : start + step]
 
 
-def _check_finite(rows: Tensor) -> None:
+def _check_finite(rows: Tensor, between: Callable[[], None] = lambda: None) -> None:
     for start, block in _blocks(rows):
+        between()
         if not bool(block.sum().isfinite()):  # a sum of finite rows may overflow, so look closer
             broken = (~block.isfinite().all(dim=1)).nonzero()
             if len(broken):
@@ -356,6 +377,21 @@ def _map(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
         return torch.from_numpy(rows)
+
+
+def _letting_go(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Callable[[], None]:
+    """Give what takes the file's pages out of memory, where they can be read again."""
+    import mmap
+
+    import numpy as np
+
+    owner: Any = rows
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    pages = owner.base
+    if rows.mode != "r" or not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return lambda: None
+    return lambda: pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _held(rows: Tensor) -> Tensor:

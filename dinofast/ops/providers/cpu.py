@@ -18,7 +18,7 @@ from dinofast.ops.dpm_stats import log_constants, require_definite
 from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
-from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED, check_numbers
 from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
 from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_cosine_max
 from dinofast.ops.registry import MISSING, Kernel, forced_backend, provide
@@ -163,6 +163,7 @@ else:
                 _threads(),
             )
             return distance, index, visited.copy_(torch.tensor([0, 0, m]))
+        check_numbers(packed)
         queries = dense(queries)
         _native.knn_topk_bank(
             *matrix(queries),

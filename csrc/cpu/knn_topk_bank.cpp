@@ -24,21 +24,20 @@ constexpr int64_t CHUNK_OF_QUERIES = 1024;
 constexpr int64_t TILES_OF_CHUNK = (CHUNK_OF_QUERIES + ROWS - 1) / ROWS;
 constexpr int64_t BLOCK = 6 * ROWS;  // queries that look into groups together
 constexpr float MOST = std::numeric_limits<float>::max();
-constexpr int64_t DENSE = 16;  // pairs of a panel and a tile from which scanning all is faster than deciding each
+constexpr int64_t DENSE = 16;  // pairs of a panel and a tile from which scanning is faster than deciding each
 
-using Compared = std::array<int64_t, 3>;  // columns compared by outlines, by codes, and left over by outlines
+// Columns compared by outlines, by codes, and those that outlines left over.
+using Compared = std::array<int64_t, 3>;
 
 class BankSearch {
   public:
     BankSearch(const Measure& measure, const Int8Tile& int8, const PackedBank& bank, int k, int64_t probes,
                int threads)
         : measure_(measure),
-          int8_(int8),
           bank_(bank),
           d_(measure.d),
-          quads_(quads(measure.d)),
           probes_(probes),
-          group_(std::max(PRIVATE / (4 * quads_) / COLUMNS, int64_t{1}) * COLUMNS),
+          group_(std::max(PRIVATE / (4 * quads(measure.d)) / COLUMNS, int64_t{1}) * COLUMNS),
           k_(k),
           threads_(threads),
           gamma_(product_error(measure.d)),
@@ -95,7 +94,8 @@ class BankSearch {
             }
             for (int64_t t; (t = next_pack.fetch_add(1)) < tiles;) pack(t, count, candidates, mine);
 #pragma omp barrier
-            const int64_t step = bank_.groups > 0 ? BLOCK / ROWS : std::clamp<int64_t>(tiles / (4 * threads_), 1, TILES);
+            const int64_t step =
+                bank_.groups > 0 ? BLOCK / ROWS : std::clamp<int64_t>(tiles / (4 * threads_), 1, TILES);
             for (int64_t t; (t = next_tile.fetch_add(step)) < tiles;) {
                 const int64_t begin = t * ROWS, end = std::min((t + step) * ROWS, count);
                 if (bank_.groups > 0) {
@@ -243,8 +243,8 @@ class BankSearch {
         for (int64_t r = 0; r < n; ++r) tell(begin + r, compared[r], visited);
     }
 
-    // The columns of a group against n queries of a block, by outlines first, which leave few pairs: these are
-    // decided, or scanned where they are many.
+    // The columns of a group against n queries of a block, by outlines first, which leave few pairs: these
+    // are decided, or scanned where they are many.
     void sift(int64_t begin, const int64_t* block, int64_t n, int64_t first, int64_t columns,
               Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
         const Outline& outline = bank_.outline;
@@ -288,7 +288,8 @@ class BankSearch {
     }
 
     void prefetch(int64_t row) const {
-        const float* const data = static_cast<const float*>(bank_.rows.rows.data) + std::max<int64_t>(row, 0) * d_;
+        const float* const rows = static_cast<const float*>(bank_.rows.rows.data);
+        const float* const data = rows + std::max<int64_t>(row, 0) * d_;
         for (int64_t k = 0; k < d_; k += 16) __builtin_prefetch(data + k);
     }
 
@@ -317,9 +318,8 @@ class BankSearch {
     }
 
     const Measure& measure_;
-    const Int8Tile& int8_;
     const PackedBank& bank_;
-    const int64_t d_, quads_, probes_, group_;
+    const int64_t d_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
     const float drawn_error_;

@@ -10,7 +10,7 @@ import torch
 from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
 from bench.peers import contenders
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, missing
 from dinofast.ops import OPS
 from dinofast.ops.registry import choose
 
@@ -24,6 +24,8 @@ CASES = [
 
 @pytest.mark.parametrize(("op", "shape", "contender"), CASES)
 def bench_operator(measure: Measure, with_memory: bool, op: str, shape: str, contender: str) -> None:
+    if reason := missing(shape):
+        pytest.skip(reason)
     measure(f"{op} {shape}", contender, lambda: _prepare(op, shape, with_memory))
 
 

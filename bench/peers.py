@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ class Contender:
         prepare: takes the operator's arguments, gives the call that is timed.
         read: turns what the call returns into the operator's first results, for the gate; not timed.
         needs: package without which it is left out.
-        only: what the name of the size must hold, else it is left out.
+        only: pattern that the name of the size must hold, else it is left out.
         tell: takes a call that has run, gives what else is known of it, in JSON types.
     """
 
@@ -52,7 +53,9 @@ def contenders(op: str, size: str = "") -> list[Contender]:
         return partial(getattr(torch.ops.dinofast, op).default, *args)
 
     tell = _pairs if op == "dpm_stats" else Contender.tell
-    found = [peer for peer in PEERS[op] if peer.only in size and importlib.util.find_spec(peer.needs)]
+    found = [
+        peer for peer in PEERS[op] if re.search(peer.only, size) and importlib.util.find_spec(peer.needs)
+    ]
     return [Contender(OURS, prepare, tell=tell), *found]
 
 
@@ -209,7 +212,7 @@ def _tensors(raw: Any) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(array) for array in raw)
 
 
-_LARGE = "1024x100000_"
+_LARGE = "x100000_|bank_real"
 PEERS: dict[str, list[Contender]] = {
     "cosine_max": [
         Contender("torch", _torch_max, _first),

@@ -144,7 +144,11 @@ SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
         "image_1024x150_diag": lambda: _mixture(1024, 150),
         "batch_12288x500_diag": lambda: _clusters(12_288, 500, "diag"),
         "part_1024x64_full": lambda: _clusters(1024, 64, "full"),
+        "batch_12288x500_full": lambda: _clusters(12_288, 500, "full"),
     },
     "upsample_blur": {"image_32_to_448": lambda: _patch_maps(1)},
 }
 """Operator -> name of a size -> what makes the operator's arguments, the same at every call."""
+
+SLOW = {("dpm_stats", "batch_12288x500_full")}
+"""Operators and sizes that need --slow."""

@@ -205,9 +205,11 @@ PYBIND11_MODULE(_native, m) {
                                   reinterpret_cast<float*>(first), reinterpret_cast<float*>(second)};
             py::gil_scoped_release release;
             int64_t evaluated = 0;
-            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, threads);
-            return std::pair(failed, evaluated);
+            double expectation = 0;
+            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, &expectation, threads);
+            return std::tuple(failed, evaluated, expectation);
         },
         "Fill log_likelihood (N,), count (K,), first (K, D) and second, float32. Returns the first component "
-        "that is not positive definite, or -1, and how many pairs of row and component were evaluated.");
+        "that is not positive definite, or -1, how many pairs of row and component were evaluated, and the "
+        "seconds that the responsibilities took.");
 }

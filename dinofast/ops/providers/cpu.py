@@ -254,8 +254,8 @@ else:
     @_naming_isa
     def dpm_stats_native(
         x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
-        """Give the results and how many pairs of row and component had their log-probability computed."""
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int, float]:
+        """Give the results, how many log-probabilities were computed, and the seconds until the sums."""
         log_likelihood, count, first, second = dpm_stats_results(
             x, means, precisions, log_weights, covariance_type
         )
@@ -265,7 +265,7 @@ else:
         if covariance_type == "spherical":
             precisions, wide = precisions[:, None].expand(means.shape), torch.empty_like(first)
         precisions = precisions.contiguous()
-        failed, evaluated = _native.dpm_stats(
+        failed, evaluated, seconds = _native.dpm_stats(
             *matrix(x),
             x.shape[1],
             _NATIVE_ELEMENTS[x.dtype],
@@ -283,7 +283,7 @@ else:
         require_definite(failed)
         if covariance_type == "spherical":
             torch.sum(wide, 1, out=second)
-        return (log_likelihood, count, first, second), evaluated
+        return (log_likelihood, count, first, second), evaluated, seconds
 
     def _dpm_stats_cpu(
         x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str

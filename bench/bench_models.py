@@ -1,4 +1,4 @@
-"""One image from file to anomaly map, by stage; one step of the mixture's fit."""
+"""One image from file to map, by stage; from features to patch scores; one step of the mixture's fit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from bench.dpmm import step_calls, step_error
 from bench.measure import OURS, PEER_TOLERANCE, Group, Measure
 from bench.memory import peak_extra
-from dinofast import Detector, backbone, ops
+from bench.shapes import D
+from dinofast import Detector, backbone, models, ops
 from dinofast.data import demo
-from dinofast.types import Prediction
+from dinofast.models.raster_net import TAPS
+from dinofast.types import Features, Prediction
 
 BACKBONES = ("efficientnet-lite0", "random:dinov2-small")
 
@@ -44,6 +46,52 @@ def _prepare() -> Group:
         group.calls[name] = predict
         group.stages[name] = stages
         group.facts[name] = {"device": "cpu", "dtype": "float32", "largest_error": error}
+    return group
+
+
+@pytest.mark.parametrize("name", [OURS, "torch"])
+def bench_spatial_ar(measure: Measure, name: str) -> None:
+    measure("SpatialAR.patch_scores image_28x28", name, _prepare_spatial_ar)
+
+
+def _prepare_spatial_ar() -> Group:
+    """Score one map by the published network, and by convolutions with masks multiplied in beforehand."""
+    draw = torch.Generator().manual_seed(0)
+    tensor = torch.randn(1, 28, 28, D, generator=draw)
+    model = models.create("spatial_ar", n_epochs=1, batch_size=1).fit([Features(tensor, None, (448, 448))])
+    state, features = model.state(), Features(tensor, None, (448, 448))
+    kernels, biases = [], []
+    for i in range(5):
+        weight = state[f"forward.{i}.weight"]
+        kernel = torch.zeros(*weight.shape[:0:-1], 3, 3)
+        for (dy, dx), matrix in zip(TAPS["causal"][i > 0], weight, strict=True):
+            kernel[:, :, dy + 1, dx + 1] = matrix.T
+        kernels.append(kernel)
+        biases.append(state[f"forward.{i}.bias"])
+
+    @torch.no_grad()
+    def convolved(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        y = x
+        for i, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
+            y = torch.nn.functional.conv2d(y, kernel.to(dtype), bias.to(dtype), padding=4, dilation=4)
+            y = y.relu_() if i < 4 else y
+        return y.sub_(x).square_().mean(dim=1)
+
+    image = tensor.permute(0, 3, 1, 2).contiguous()
+    calls = {OURS: lambda: model.patch_scores(features), "torch": lambda: convolved(image)}
+    truth = convolved(image.double(), torch.float64)
+    group = Group(dict(calls), {})
+    for name, call in calls.items():
+        error = (call() - truth).abs().max().item()
+        assert error <= 1e-5 * truth.max().item(), f"{name} errs by {error:.3g}"
+        group.facts[name] = {
+            "device": "cpu",
+            "dtype": "float32",
+            "backend": "torch",
+            "largest_error": error,
+            "flops": 2 * 28 * 28 * sum(t.numel() for n, t in state.items() if n.endswith("weight")),
+            "bytes": 4 * (tensor.numel() + 28 * 28 + sum(t.numel() for t in state.values())),
+        }
     return group
 
 

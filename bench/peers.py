@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import OURS, Call
-from dinofast.ops import OPS, Bank, knn_topk
+from dinofast.ops import MISSING, OPS, Bank, knn_topk
 from dinofast.ops.dpm_stats import pairs_evaluated
 from dinofast.ops.registry import choose
 from dinofast.testing import as_tuple
@@ -33,8 +35,9 @@ class Contender:
         prepare: takes the operator's arguments, gives the call that is timed.
         read: turns what the call returns into the operator's first results, for the gate; not timed.
         needs: package without which it is left out.
-        only: what the name of the size must hold, else it is left out.
+        only: pattern that the name of the size must hold, else it is left out.
         tell: takes a call that has run, gives what else is known of it, in JSON types.
+        stages: takes a call that has run, gives the seconds of its parts.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Contender:
     needs: str = "torch"
     only: str = ""
     tell: Callable[[Any], dict[str, Any]] = lambda _: {}
+    stages: Callable[[Any], dict[str, float]] | None = None
 
 
 def contenders(op: str, size: str = "") -> list[Contender]:
@@ -52,13 +56,25 @@ def contenders(op: str, size: str = "") -> list[Contender]:
         return partial(getattr(torch.ops.dinofast, op).default, *args)
 
     tell = _pairs if op == "dpm_stats" else Contender.tell
-    found = [peer for peer in PEERS[op] if peer.only in size and importlib.util.find_spec(peer.needs)]
-    return [Contender(OURS, prepare, tell=tell), *found]
+    found = [
+        peer for peer in PEERS[op] if re.search(peer.only, size) and importlib.util.find_spec(peer.needs)
+    ]
+    stages = _native_steps if op == "dpm_stats" and size.endswith("_full") and "cpu" not in MISSING else None
+    return [Contender(OURS, prepare, tell=tell, stages=stages), *found]
 
 
 def _pairs(call: Any) -> dict[str, Any]:
     native = choose(OPS["dpm_stats"], call.args).backend == "cpu"
     return {"pairs_evaluated": pairs_evaluated(*call.args)} if native else {}
+
+
+def _native_steps(call: Any) -> dict[str, float]:
+    """Take the steps of one more call: the operator does not tell them."""
+    from dinofast.ops.providers.cpu import dpm_stats_native
+
+    start = time.perf_counter()
+    *_, expectation = dpm_stats_native(*call.args)
+    return {"E step": expectation, "M step": time.perf_counter() - start - expectation}
 
 
 def _bank(strategy: str) -> Callable[..., Call]:
@@ -126,16 +142,22 @@ def _torch_full(
     x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
 ) -> Call:
     """Take an E and an M step with one product a component each."""
+    seconds: dict[str, float] = {}
 
     def call() -> Any:
+        start = time.perf_counter()
         factor = torch.linalg.cholesky(precisions)
         constant = log_weights + factor.diagonal(dim1=1, dim2=2).log().sum(1)
         form = torch.stack([((x - m) @ f).square().sum(1) for m, f in zip(means, factor, strict=True)], 1)
         log_joint = constant - 0.5 * (form + x.shape[1] * math.log(2 * math.pi))
-        r = log_joint.softmax(dim=1)
+        log_likelihood, r = log_joint.logsumexp(dim=1), log_joint.softmax(dim=1)
+        seconds["E step"] = time.perf_counter() - start
         second = torch.stack([(x * weight[:, None]).T @ x for weight in r.T])
-        return log_joint.logsumexp(dim=1), r.sum(0), r.T @ x, second
+        results = log_likelihood, r.sum(0), r.T @ x, second
+        seconds["M step"] = time.perf_counter() - start - seconds["E step"]
+        return results
 
+    call.seconds = seconds  # type: ignore[attr-defined]
     return call
 
 
@@ -209,7 +231,7 @@ def _tensors(raw: Any) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(array) for array in raw)
 
 
-_LARGE = "1024x100000_"
+_LARGE = "x100000_|bank_real"
 PEERS: dict[str, list[Contender]] = {
     "cosine_max": [
         Contender("torch", _torch_max, _first),
@@ -234,7 +256,7 @@ PEERS: dict[str, list[Contender]] = {
     ],
     "dpm_stats": [
         Contender("torch", _torch_products, tuple, only="_diag"),
-        Contender("torch", _torch_full, tuple, only="_full"),
+        Contender("torch", _torch_full, tuple, only="_full", stages=lambda call: call.seconds),
         Contender("scikit-learn", _sklearn, _tensors, "sklearn", "500_diag"),
     ],
     "upsample_blur": [

@@ -16,9 +16,10 @@ using namespace dinofast;
 
 namespace {
 
-// The tensors of a packed bank, in the order of dinofast/ops/bank.py; {} and 0 groups where there are none.
+// The tensors of a packed bank, in the order of dinofast/ops/knn_topk_bank.py; null pointers and 0 groups
+// where there are none. `depth` is that of the outlines.
 PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, int64_t columns,
-                       int64_t groups) {
+                       int64_t groups, int64_t depth) {
     return {{{reinterpret_cast<const void*>(at[0]), m, d, d, Element::float32}, true},
             reinterpret_cast<const float*>(at[1]),
             reinterpret_cast<float*>(at[2]),
@@ -31,7 +32,10 @@ PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, i
             groups,
             reinterpret_cast<const int64_t*>(at[8]),
             reinterpret_cast<const float*>(at[9]),
-            reinterpret_cast<const float*>(at[10])};
+            reinterpret_cast<const float*>(at[10]),
+            {depth, reinterpret_cast<const float*>(at[11]), reinterpret_cast<float*>(at[12]),
+             reinterpret_cast<uint8_t*>(at[13]), reinterpret_cast<float*>(at[14]),
+             reinterpret_cast<float*>(at[15])}};
 }
 
 // (count, pointers of start, index and weight)
@@ -109,28 +113,29 @@ PYBIND11_MODULE(_native, m) {
         "Returns the number of the first row with NaN or inf, or -1.");
     m.def(
         "quantize_bank",
-        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int metric,
-           int threads) {
+        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int64_t groups,
+           int64_t depth, int metric, int threads) {
             const Tile& tile = chosen_tile();
             py::gil_scoped_release release;
-            quantize_bank(tile, packed_bank(packed, m, d, columns, 0), static_cast<Metric>(metric), threads);
+            quantize_bank(tile, packed_bank(packed, m, d, columns, groups, depth),
+                          static_cast<Metric>(metric), threads);
         },
-        "Fill weight, codes, scale, bias and error of a packed bank from its rows, center and index.");
+        "Fill weight, codes, scale, bias and error of a packed bank, and those of its outlines.");
     m.def(
         "knn_topk_bank",
         [](uintptr_t queries, int64_t q, int64_t queries_stride, int64_t d, int element,
-           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups, int k,
-           int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited, int threads) {
+           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups,
+           int64_t depth, int k, int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited, int threads) {
             const Tile& tile = chosen_tile();
             const Int8Tile& int8 = chosen_int8_tile();
             const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d,
                             static_cast<Element>(element)};
             py::gil_scoped_release release;
-            knn_topk_bank(tile, int8, left, packed_bank(packed, m, d, columns, groups), k,
+            knn_topk_bank(tile, int8, left, packed_bank(packed, m, d, columns, groups, depth), k,
                           static_cast<Metric>(metric), probes, reinterpret_cast<float*>(distance),
                           reinterpret_cast<int64_t*>(index), reinterpret_cast<int64_t*>(visited), threads);
         },
-        "Fill distance (Q, k) float32, index (Q, k) int64 and visited (Q,) int64 from a packed bank.");
+        "Fill distance (Q, k) float32, index (Q, k) int64 and visited (Q, 3) int64 from a packed bank.");
     m.def(
         "upsample_blur",
         [](uintptr_t maps, int64_t batch, int64_t h, const WeightsArgument& rows,
@@ -200,9 +205,11 @@ PYBIND11_MODULE(_native, m) {
                                   reinterpret_cast<float*>(first), reinterpret_cast<float*>(second)};
             py::gil_scoped_release release;
             int64_t evaluated = 0;
-            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, threads);
-            return std::pair(failed, evaluated);
+            double expectation = 0;
+            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, &expectation, threads);
+            return std::tuple(failed, evaluated, expectation);
         },
         "Fill log_likelihood (N,), count (K,), first (K, D) and second, float32. Returns the first component "
-        "that is not positive definite, or -1, and how many pairs of row and component were evaluated.");
+        "that is not positive definite, or -1, how many pairs of row and component were evaluated, and the "
+        "seconds that the responsibilities took.");
 }

@@ -167,7 +167,7 @@ class PixelCalibrator:
 
     def __init__(self, fpr: float, *, budget: int = 2**26, seed: int = 0) -> None:
         self.fpr, self.budget, self.seed = fpr, budget, seed
-        self._rate = _fraction(fpr)
+        _fraction(fpr)
         self._maps: list[NDArray[np.float32]] = []
         self._sizes: list[int] = []
         self._pooled: StreamedRanking | None = None
@@ -196,33 +196,35 @@ class PixelCalibrator:
             index, count = np.unique(bin_index(kept, self._pooled.bins), return_counts=True)
             self._binned.append((index.astype(np.uint32), count.astype(np.uint32)))
 
-    def threshold(self, *, method: str = "held-out") -> Threshold:
+    def threshold(self, *, method: str = "held-out", fpr: float | None = None) -> Threshold:
         """Choose the threshold from the maps so far.
 
         Args:
             method: kept in the result.
+            fpr: another rate than the constructor's, so that one calibrator serves several.
 
         Returns:
             Threshold of level "pixel".
 
         Raises:
-            InputError: no map was given, or the threshold would be infinite.
+            InputError: no map was given, the threshold would be infinite, or fpr is outside (0, 1).
         """
+        fpr = self.fpr if fpr is None else fpr
         total = sum(self._sizes)
         if not total:
             raise InputError("no normal map was given; a pixel threshold needs at least one normal image")
-        allowed = math.floor(total * self._rate)
+        allowed = math.floor(total * _fraction(fpr))
         if self._pooled is None:
             pixels = np.concatenate(self._maps)
-            value = _finite(np.partition(pixels, total - 1 - allowed)[total - 1 - allowed], self.fpr)
+            value = _finite(np.partition(pixels, total - 1 - allowed)[total - 1 - allowed], fpr)
             above = [int(np.count_nonzero(kept > np.float32(value))) for kept in self._maps]
         else:
-            value = _finite(self._pooled.threshold(allowed)[0], self.fpr)
+            value = _finite(self._pooled.threshold(allowed)[0], fpr)
             last = int(bin_index(np.array([value]), self._pooled.bins)[0])
             above = [int(count[index > last].sum()) for index, count in self._binned]
         return Threshold(
             level="pixel",
-            fpr=self.fpr,
+            fpr=fpr,
             value=value,
             realized_rate=sum(above) / total,
             interval=_bootstrap(np.array(above), np.array(self._sizes), self.seed),

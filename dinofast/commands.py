@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
+from dinofast.console import (
+    AsJson,
+    Axis,
+    BackboneName,
+    BatchSize,
+    DetectorFile,
+    Images,
+    NonFinite,
+    SkipBad,
+    Window,
+    blocks,
+    create_model,
+    parameter,
+    print_json,
+    print_table,
+    reading_options,
+    shown_progress,
+    stdout_console,
+)
 from dinofast.errors import DinofastError, InputError
 from dinofast.files import check_writable
-from dinofast.progress import Progress, rich_progress
-
-if TYPE_CHECKING:
-    from dinofast.models.base import Model
 
 app = typer.Typer(
     help="DINO patch features to anomaly maps: learn what is normal, map what is not.",
@@ -34,30 +45,7 @@ app = typer.Typer(
 FAILED, INTERRUPTED = 1, 130
 """Exit codes: something could not be used (the message says what); Ctrl-C. Usage errors exit with 2."""
 
-Images = Annotated[
-    list[str], typer.Argument(help="Images: files, folders, globs, NIfTI volumes (.nii, .nii.gz).")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, naming each.")
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time [default: from free memory].")]
-BackboneName = Annotated[
-    str, typer.Option(help="auto, a short name (dinov2-small), a hub id, a folder, a .pth file, random:NAME.")
-]
-DetectorFile = Annotated[Path, typer.Argument(help="A detector saved by `dinofast fit`.")]
-Axis = Annotated[
-    str | None,
-    typer.Option(help="Slicing of volumes: axial, coronal, sagittal [default: axial; later, as in the fit]."),
-]
-Window = Annotated[
-    tuple[float, float] | None,
-    typer.Option(
-        help="Intensities LOW HIGH of volumes shown as black and white "
-        "[default: 0.5 and 99.5 %; later, as in the fit]."
-    ),
-]
-NonFinite = Annotated[str, typer.Option(help="NaN and infinite voxels: error, or zero.")]
+_PANEL = "With --protocol"
 
 
 class Level(str, Enum):
@@ -65,6 +53,12 @@ class Level(str, Enum):
 
     pixel = "pixel"
     image = "image"
+
+
+class Protocol(str, Enum):
+    """Whose evaluation is followed."""
+
+    bmad = "bmad"
 
 
 @app.command()
@@ -83,21 +77,19 @@ def demo(
     from dinofast.data.demo import NAMES
     from dinofast.demo import run, tables
 
-    with _progress(as_json) as progress:
+    with shown_progress(as_json) as progress:
         result = run(data or NAMES, output, backbone=backbone, progress=progress)
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
-    console = _console()
+    console = stdout_console()
     console.print(f"backbone: {result.backbone}", markup=False)
     for found in result.sets:
         console.print(
             f"\n{found.name}: {found.citation} License: {found.license}.", markup=False, highlight=False
         )
         for table in tables(found):
-            _print_table(
-                console, table.caption, list(table.head), [list(map(str, row)) for row in table.rows]
-            )
+            print_table(console, table.caption, list(table.head), [list(map(str, row)) for row in table.rows])
         console.print(f"maps {found.map_file}", markup=False, highlight=False)
     for name, reason in result.skipped.items():
         console.print(f"\n{name} was skipped: {reason}", markup=False)
@@ -154,14 +146,16 @@ def fit(
     if not 0 < fpr < 1:
         raise typer.BadParameter(f"--fpr {fpr}: give a rate above 0 and below 1, such as 0.05")
     check_writable(out)
-    tapped, params = _blocks(layers), dict(_parameter(p) for p in param or [])
+    tapped, params = blocks(layers), dict(parameter(p) for p in param or [])
     work: dict[str, Any] = {"batch_size": batch_size, "skip_bad": skip_bad}
-    reading = _reading(axis, window, nonfinite)
+    reading = reading_options(axis, window, nonfinite)
     listed = data.samples(images, **reading)
     listed = listed if shots is None else data.shots(listed, shots, seed)
     normal = data.samples(calibrate, **reading) if calibrate else listed if cross_fit else []
-    detector = Detector(backbones.load(backbone, size=size, layers=tapped), _model(model, params), seed=seed)
-    with _progress(as_json) as progress:
+    detector = Detector(
+        backbones.load(backbone, size=size, layers=tapped), create_model(model, params), seed=seed
+    )
+    with shown_progress(as_json) as progress:
         detector.fit(listed, rotate=rotate, progress=progress, **work)
         try:
             if normal:
@@ -180,7 +174,7 @@ def fit(
         "thresholds": {name: threshold.to_dict() for name, threshold in detector.thresholds.items()},
     }
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     print(f"{found['backbone']}\n{found['model']} learned {detector.n_images} images")
     for threshold in detector.thresholds.values():
@@ -209,20 +203,20 @@ def predict(
     from dinofast.output import write_predictions
 
     found = Detector.load(detector, backbone=backbone)
-    with _progress(as_json) as progress:
-        listed = data.samples(images, **{**found.reading, **_reading(axis, window, nonfinite)})
+    with shown_progress(as_json) as progress:
+        listed = data.samples(images, **{**found.reading, **reading_options(axis, window, nonfinite)})
         rows = write_predictions(
             found, listed, out, batch_size=batch_size, skip_bad=skip_bad, progress=progress
         )
     if as_json:
         said = {"backbone": found.backbone.describe(), "seconds": found.seconds}
-        _print_json({"output": str(out), **said, "images": rows})
+        print_json({"output": str(out), **said, "images": rows})
         return
-    console = _console()
+    console = stdout_console()
     print(found.backbone.describe())
     columns = ["source", "score", *(["anomalous"] if "image" in found.thresholds else [])]
     cells = [[r["source"], f"{r['score']:.4f}", str(r["is_anomalous"])][: len(columns)] for r in rows]
-    _print_table(console, f"{len(rows)} images", columns, cells)
+    print_table(console, f"{len(rows)} images", columns, cells)
     if "pixel" not in found.thresholds:
         print("no overlays: the detector has no pixel threshold (dinofast fit --calibrate or --cross-fit)")
     print(f"maps {out}")
@@ -230,32 +224,106 @@ def predict(
 
 @app.command()
 def evaluate(
-    detector: DetectorFile,
+    detector: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DETECTOR|DATASET",
+            help="A detector saved by `dinofast fit`. With --protocol: the folder of the data set.",
+        ),
+    ],
     root: Annotated[
-        Path, typer.Argument(help="Labeled tree: good/ and bad/, or MVTec's train, test, ground_truth.")
+        Path,
+        typer.Argument(
+            metavar="ROOT|MODEL",
+            help="Labeled tree: good/ and bad/, or MVTec's train, test, ground_truth. With --protocol: a "
+            "model by name, or a saved detector.",
+        ),
     ],
     split: Annotated[
         str | None, typer.Option(help="train or test [default: test where there is one].")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Where the backbone is now [default: as in the fit].")
+        str | None, typer.Option(help="Where the backbone is now [default: as in the fit; of a name: auto].")
     ] = None,
     batch_size: BatchSize = None,
     skip_bad: SkipBad = False,
     as_json: AsJson = False,
+    protocol: Annotated[
+        Protocol | None, typer.Option(help="Fit a model on DATASET and evaluate it as publications do.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for everything.", rich_help_panel=_PANEL)
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="File for the fitted detector.", rich_help_panel=_PANEL)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File that a long fit goes on from.", rich_help_panel=_PANEL)
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(help="Model parameter NAME=VALUE; repeatable.", rich_help_panel=_PANEL),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="As in fit.", rich_help_panel=_PANEL)] = None,
+    layers: Annotated[str | None, typer.Option(help="As in fit.", rich_help_panel=_PANEL)] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="As in fit.", rich_help_panel=_PANEL)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which run of --shots.", rich_help_panel=_PANEL)] = 0,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--set", help="brain, liver or resc [default: by folder names].", rich_help_panel=_PANEL
+        ),
+    ] = None,
+    masks: Annotated[
+        str,
+        typer.Option(help="Anomalous is any channel above 0, or only gray 255.", rich_help_panel=_PANEL),
+    ] = "any",
+    labels: Annotated[
+        str, typer.Option(help="Image labels from folder or mask.", rich_help_panel=_PANEL)
+    ] = "folder",
+    map_size: Annotated[
+        str,
+        typer.Option(help="Where maps meet masks: native, 240 or 224.", rich_help_panel=_PANEL),
+    ] = "native",
+    thresholds: Annotated[
+        str, typer.Option(help="Quantiles of normal pixel or patch scores.", rich_help_panel=_PANEL)
+    ] = "pixel",
+    regions: Annotated[
+        bool, typer.Option(help="Per-region overlap; needs scipy.", rich_help_panel=_PANEL)
+    ] = True,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="JSON of another run, for the paired test.", rich_help_panel=_PANEL),
+    ] = None,
 ) -> None:
-    """Score labeled images: AUROC, AUPR and average precision of images and pixels."""
+    """Score labeled images: AUROC, AUPR and average precision of images and pixels.
+
+    With --protocol bmad: learn DATASET's train, take thresholds from its valid, score its test, and show the
+    figures beside the published ones.
+    """
+    if protocol is not None:
+        if split is not None:
+            raise typer.BadParameter("--split: a protocol says which split is for what; leave it out")
+        from dinofast.protocol_command import run as run_protocol
+
+        run_protocol(
+            detector, str(root), backbone=backbone, param=param, size=size, layers=layers, shots=shots,
+            seed=seed, name=name, masks=masks, labels=labels, map_size=map_size, thresholds=thresholds,
+            regions=regions, against=against, out=out, save=save, checkpoint=checkpoint,
+            batch_size=batch_size, skip_bad=skip_bad, as_json=as_json,
+        )  # fmt: skip
+        return
     from dinofast import data
     from dinofast.detector import Detector
     from dinofast.evaluate import evaluate as run
 
     found = Detector.load(detector, backbone=backbone)
     chosen = split or ("test" if (root / "test").is_dir() else None)
-    with _progress(as_json) as progress:
+    with shown_progress(as_json) as progress:
         listed = found.check(data.folder(root, chosen), skip_bad=skip_bad, progress=progress)
         result = run(found, listed, batch_size=batch_size, progress=progress)
     if as_json:
-        _print_json({"backbone": found.backbone.describe(), **result.to_dict()})
+        print_json({"backbone": found.backbone.describe(), **result.to_dict()})
         return
     rankings = {"image": result.image, "pixel": result.pixel}
     rows = [
@@ -275,7 +343,7 @@ def evaluate(
         )
     print(found.backbone.describe())
     head = ["level", "AUROC", "AUPR", "average precision", "anomalous/normal"]
-    _print_table(_console(), f"{result.n_images} images", head, rows)
+    print_table(stdout_console(), f"{result.n_images} images", head, rows)
     print(
         ", ".join(f"{stage} {1e3 * spent:.1f} ms" for stage, spent in result.seconds.items()) + " per image"
     )
@@ -288,23 +356,23 @@ def info(as_json: AsJson = False) -> None:
 
     found = collect()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    console = _console()
+    console = stdout_console()
     plain = [
         [name, ", ".join(v) if isinstance(v, list) else str(v)]
         for name, v in found.items()
         if not isinstance(v, dict)
     ]
-    _print_table(console, "dinofast", ["", ""], plain)
-    _print_table(console, "backends", ["backend", "state"], [[k, v] for k, v in found["backends"].items()])
-    _print_table(
+    print_table(console, "dinofast", ["", ""], plain)
+    print_table(console, "backends", ["backend", "state"], [[k, v] for k, v in found["backends"].items()])
+    print_table(
         console,
         "operators",
         ["operator", "kernels"],
         [[k, ", ".join(v)] for k, v in found["operators"].items()],
     )
-    _print_table(console, "packages", ["package", "version"], [[k, v] for k, v in found["packages"].items()])
+    print_table(console, "packages", ["package", "version"], [[k, v] for k, v in found["packages"].items()])
 
 
 def run() -> None:
@@ -323,63 +391,3 @@ def run() -> None:
             raise
         print("dinofast: stopped; finished files are whole, nothing half-written is left", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    if quiet:
-        yield None
-    else:
-        with rich_progress() as progress:
-            yield progress
-
-
-def _reading(axis: str | None, window: tuple[float, float] | None, nonfinite: str) -> dict[str, Any]:
-    """Give what was asked for as arguments of `dinofast.data.samples`."""
-    asked = {"axis": axis, "window": window, "nonfinite": nonfinite}
-    return {name: value for name, value in asked.items() if value is not None}
-
-
-def _blocks(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(block) for block in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--layers {text}: give numbers of blocks, such as 8,11") from error
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE; the value is JSON where it can be, else text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise typer.BadParameter(f"--param {text}: give NAME=VALUE, such as n_neighbors=3")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def _model(name: str, params: dict[str, Any]) -> Model:
-    from dinofast import models
-
-    try:
-        return models.create(name, **params)
-    except TypeError as error:
-        raise typer.BadParameter(f"--param: a value of the wrong type ({error})") from error
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, default=str, ensure_ascii=False))
-
-
-def _console() -> Console:
-    """Give a console on stdout that breaks no path where nobody watches."""
-    return Console(width=None if sys.stdout.isatty() else 500)
-
-
-def _print_table(console: Console, caption: str, head: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=caption, title_justify="left", title_style="bold")
-    for name in head:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, highlight=False, markup=False)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dinofast.detector import Detector
     from dinofast.progress import Progress
 
+_GATHERED = 2**22
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -72,12 +74,16 @@ class Evaluation:
 class PixelRanking:
     """Pool pixels of many maps: exact up to a budget of pixels, histograms with a proven bound beyond.
 
+    Beyond the budget, memory stays as it is: 16 bytes a bin twice, and 5 bytes for each of the 4 million
+    pixels that are gathered before they are counted.
+
     Args:
         budget: pixels kept exactly, at 5 bytes each and about 30 at the end.
+        bins: of the histograms, see `StreamedRanking`.
     """
 
-    def __init__(self, budget: int = 2**26) -> None:
-        self._budget = budget
+    def __init__(self, budget: int = 2**26, bins: int = 2**20) -> None:
+        self._budget, self._bins, self._waiting = budget, bins, 0
         self._scores: list[NDArray[np.float32]] = []
         self._labels: list[Mask] = []
         self._pooled: StreamedRanking | None = None
@@ -89,10 +95,22 @@ class PixelRanking:
         self._labels.append(truth.reshape(-1))
         positive = int(np.count_nonzero(truth))
         self._counts += (truth.size - positive, positive)
+        self._waiting += truth.size
         if self._pooled is None and self._counts.sum() > self._budget:
-            self._pooled = StreamedRanking()
-        while self._pooled is not None and self._scores:
-            self._pooled.update(self._scores.pop(), self._labels.pop())
+            self._pooled = StreamedRanking(self._bins)
+        if self._pooled is not None and self._waiting > _GATHERED:
+            self._count(self._pooled)
+
+    def _count(self, pooled: StreamedRanking) -> None:
+        """Count what waits, a part at a time: each costs one pass over all bins."""
+        while self._scores:
+            scores, labels, size = [], [], 0
+            while self._scores and size < _GATHERED:
+                scores.append(self._scores.pop())
+                labels.append(self._labels.pop())
+                size += scores[-1].size
+            pooled.update(np.concatenate(scores), np.concatenate(labels))
+        self._waiting = 0
 
     def ranking(self) -> Ranking | None:
         """Rank what was added; None unless both kinds of pixels are there."""
@@ -101,6 +119,7 @@ class PixelRanking:
         normal, anomalous = (int(count) for count in self._counts)
         if self._pooled is None:
             return rank(np.concatenate(self._scores), np.concatenate(self._labels))
+        self._count(self._pooled)
         found = self._pooled.auroc(), self._pooled.aupr(), self._pooled.average_precision()
         error = max(max(f.high - f.value, f.value - f.low) for f in found)
         auroc, aupr, average_precision = (f.value for f in found)

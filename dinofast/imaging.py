@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import warnings
@@ -32,6 +33,9 @@ ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tens
 
 RGB = npt.NDArray[np.uint8]
 """uint8 (H, W, 3), 0..255."""
+
+HASH_BYTES = 16
+"""Length of a `digest`."""
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -254,3 +258,10 @@ def rotations(image: RGB, steps: int = 8) -> list[RGB]:
         )
         found.append(turned[0].round().clamp(0, 255).to(torch.uint8).movedim(0, -1).numpy())
     return found
+
+
+def digest(image: RGB) -> bytes:
+    """Hash decoded pixels, so that a renamed or losslessly re-encoded copy is still known."""
+    found = hashlib.blake2b(str(image.shape).encode(), digest_size=HASH_BYTES)
+    found.update(np.ascontiguousarray(image).data)
+    return found.digest()

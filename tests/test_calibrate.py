@@ -108,6 +108,19 @@ def test_pixel_threshold_is_the_smallest_value_with_few_enough_above(fpr):
     assert (threshold.n_images, threshold.n_pixels, threshold.level) == (5, 2000, "pixel")
 
 
+@pytest.mark.parametrize("budget", [0, 10**6])
+def test_one_calibrator_serves_several_rates(budget):
+    maps = normal_maps(5, size=(20, 20))
+    calibrator = PixelCalibrator(0.1, budget=budget)
+    for map in maps:
+        calibrator.update(map)
+    for fpr in (0.01, 0.3, 0.1):
+        assert calibrator.threshold(fpr=fpr) == calibrated(maps, fpr, budget=budget)
+    assert calibrator.threshold() == calibrated(maps, 0.1, budget=budget)
+    with pytest.raises(InputError, match="fpr is 1"):
+        calibrator.threshold(fpr=1)
+
+
 def test_rate_is_the_decimal_it_prints_as():
     pixels = np.arange(100, dtype=np.float32)
     assert calibrated([pixels], 0.29).realized_rate == 0.29

@@ -356,7 +356,16 @@ def test_help_can_be_followed(call: Call, monkeypatch: pytest.MonkeyPatch, comma
             "n_neighbors=3",
         ),
         "predict": ("DETECTOR", "IMAGES", "--out", "--batch-size", "--window", "--axis", "scores.json"),
-        "evaluate": ("DETECTOR", "ROOT", "--split", "ground_truth", "--json"),
+        "evaluate": (
+            "DETECTOR",
+            "ROOT",
+            "--split",
+            "ground_truth",
+            "--protocol",
+            "DATASET",
+            "MODEL",
+            "--json",
+        ),
         "info": ("--json", "instruction set"),
     }[command]
     for word in words:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from textures import RGB, save, scan, spoiled, weave
 
-from dinofast import Detector, artifact, backbone, data, models, stream
+from dinofast import Detector, artifact, backbone, data, imaging, models, stream
 from dinofast.backbone import Backbone
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, BadFilesError, InputError
@@ -527,7 +527,7 @@ def test_the_file_names_what_made_it(fitted: Detector, tmp_path: Path) -> None:
     fitted.save(tmp_path / "d.safetensors")
     tensors, config = artifact.read(tmp_path / "d.safetensors", kind="detector")
     seen = tensors["seen"].tolist()
-    assert seen == sorted(list(stream.digest(image)) for image in NORMAL)
+    assert seen == sorted(list(imaging.digest(image)) for image in NORMAL)
     assert config["backbone"]["license"] == "Apache-2.0"
     assert config["backbone"]["mean"] == [0.485, 0.456, 0.406]
     assert config["seed"] == 0

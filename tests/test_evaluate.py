@@ -83,7 +83,11 @@ def test_what_cannot_be_evaluated_is_refused(detector: Detector) -> None:
         evaluate(detector, [labeled(weave(0), 1, TRUTH[:, 1:], "a.png")])
 
 
-def test_beyond_the_budget_the_figures_carry_their_error() -> None:
+@pytest.mark.parametrize("gathered", [1, 1500, 2**22])
+def test_beyond_the_budget_the_figures_carry_their_error(
+    gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinofast.evaluate._GATHERED", gathered)
     rng = np.random.default_rng(0)
     exact, streamed = PixelRanking(), PixelRanking(budget=2500)
     for _ in range(6):

@@ -20,24 +20,33 @@ MAY_IMPORT = {
     "testing": {"ops"},
     "metrics": LEAVES,
     "data": LEAVES | {"imaging"},
-    "backbone": LEAVES | {"imaging"},
-    "models": LEAVES | {"ops", "artifact", "progress"},
+    "text_vectors": LEAVES | {"artifact"},
+    "backbone": LEAVES | {"imaging", "text_vectors"},
+    "models": LEAVES | {"ops", "artifact", "progress", "text_vectors"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
     "interop": LEAVES,
     "drop_in": LEAVES | {"interop", "models", "ops"},
     "cross_fit": LEAVES | {"data", "models"},
     "detector": LEAVES
-    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "models", "progress", "stream"},
+    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "imaging", "models", "progress", "stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
+    "published": set(),
+    "scoreboard": LEAVES | {"calibrate", "evaluate", "metrics", "report"},
+    "protocol": LEAVES
+    | {"calibrate", "data", "detector", "evaluate", "imaging", "metrics", "models", "progress", "published"}
+    | {"scoreboard", "stream"},
     "output": LEAVES | {"data", "detector", "figures", "progress"},
     "info": {"errors", "ops"},
     "demo": LEAVES
     | {"backbone", "calibrate", "data", "detector", "evaluate", "figures", "progress", "report"},
+    "console": LEAVES | {"models", "progress"},
+    "protocol_command": LEAVES
+    | {"backbone", "console", "data", "detector", "metrics", "protocol", "published", "scoreboard"},
     "commands": LEAVES
-    | {"backbone", "data", "demo", "detector", "evaluate", "info", "models", "output", "progress"},
+    | {"backbone", "console", "data", "demo", "detector", "evaluate", "info", "output", "protocol_command"},
     "cli": {"commands"},
     "kernels": set(),
 }

@@ -1,6 +1,6 @@
 """Images, folders and volumes as lists of samples; nothing is read before it is asked for."""
 
-from dinofast.data import demo
+from dinofast.data import bmad, demo
 from dinofast.data.folder import folder
 from dinofast.data.nifti import Volume, volume
 from dinofast.data.sample import Sample, VolumeSlice
@@ -10,6 +10,7 @@ __all__ = [
     "Sample",
     "Volume",
     "VolumeSlice",
+    "bmad",
     "check",
     "demo",
     "folder",

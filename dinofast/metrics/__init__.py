@@ -1,6 +1,19 @@
-"""How well scores rank abnormal above normal: exact, and streamed with a proven bound."""
+"""How well scores tell abnormal from normal: rankings, Dice, per-region overlap, paired tests."""
 
+from dinofast.metrics.dice import PooledDice
+from dinofast.metrics.permutation import PairedTest, paired_permutation
 from dinofast.metrics.ranking import aupr, auroc, average_precision
+from dinofast.metrics.regions import RegionOverlap
 from dinofast.metrics.streamed import Bounded, StreamedRanking
 
-__all__ = ["Bounded", "StreamedRanking", "aupr", "auroc", "average_precision"]
+__all__ = [
+    "Bounded",
+    "PairedTest",
+    "PooledDice",
+    "RegionOverlap",
+    "StreamedRanking",
+    "aupr",
+    "auroc",
+    "average_precision",
+    "paired_permutation",
+]

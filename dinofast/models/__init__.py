@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _CLASSES = {
     "dpmm": "dinofast.models.dpmm:DPMM",
     "memory_bank": "dinofast.models.memory_bank:MemoryBank",
+    "patchcore": "dinofast.models.patchcore:PatchCore",
+    "spatial_ar": "dinofast.models.spatial_ar:SpatialAR",
+    "support_kmeans": "dinofast.models.support_kmeans:SupportKMeans",
+    "zero_shot": "dinofast.models.zero_shot:ZeroShot",
 }
 
 __all__ = ["create", "load", "names", "restore"]

@@ -243,7 +243,7 @@ class DPMM(IterativeModel):
         """
         for batch in checked_stream([features]):
             if self.is_fitted:
-                self._check_scorable(batch)
+                self._check_queries(batch)
             rows = self._prepared(batch.tensor).flatten(0, 2)
             mixture = Mixture.of(self._state) if self.is_fitted else self._start(rows)
             mixture, found = step(mixture, rows, self._rule)
@@ -263,7 +263,7 @@ class DPMM(IterativeModel):
         Raises:
             InputError: see `patch_scores`.
         """
-        self._check_scorable(features)
+        self._check_queries(features)
         return self._by_patch(features.tensor, log_likelihood)
 
     @torch.no_grad()
@@ -281,7 +281,7 @@ class DPMM(IterativeModel):
         Raises:
             InputError: see `patch_scores`.
         """
-        self._check_scorable(features)
+        self._check_queries(features)
         labels = self._by_patch(features.tensor, most_likely)
         if not pixels:
             return labels

@@ -107,8 +107,7 @@ def _reference(
     constant = log_w + half_log_det - 0.5 * mu.shape[1] * math.log(2 * math.pi)
     constant = constant.masked_fill(~mu.isfinite().all(1) | (constant == torch.inf), torch.nan)
     sums = [torch.zeros_like(r, dtype=torch.float64) for r in results[1:]]
-    widest = means.shape[1] if covariance_type == "full" else 1
-    step = max(1, BLOCK // (mu.shape[0] * widest))
+    step = max(1, BLOCK // max(mu.shape))
     for start in range(0, x.shape[0], step):
         y = x[start : start + step].double()
         log_joint = constant - 0.5 * quadratic(y, mu, precision, factor, covariance_type)

@@ -84,6 +84,8 @@ struct Avx2Mixture : Avx2 {
     using Avx2::subtract;
     using Double = __m256d;
 
+    static Float least(Float x, Float y) { return _mm256_min_ps(x, y); }  // y if one is NaN
+    static Int repeat(int32_t n) { return _mm256_set1_epi32(n); }
     static Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
     static Double widen(double x) { return _mm256_set1_pd(x); }
     static Double widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }

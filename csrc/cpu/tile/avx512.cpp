@@ -82,6 +82,8 @@ struct Avx512Mixture : Avx512 {
     using Avx512::subtract;
     using Double = __m512d;
 
+    static Float least(Float x, Float y) { return _mm512_min_ps(x, y); }  // y if one is NaN
+    static Int repeat(int32_t n) { return _mm512_set1_epi32(n); }
     static Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
     static Double widen(double x) { return _mm512_set1_pd(x); }
     static Double widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }

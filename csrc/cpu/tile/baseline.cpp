@@ -1,5 +1,6 @@
 // The definition, in plain C++; what every other file in this folder computes faster.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "../mixture_tile.h"
@@ -163,6 +164,37 @@ void factored(const float* panel, const float* y, int64_t depth, float* sums) {
     }
 }
 
+void choose(const float* sums, const float* upper, int64_t count, float half, int32_t* at) {
+    float top[COLUMNS];
+    std::fill(top, top + COLUMNS, -INFINITY);
+    std::fill(at, at + COLUMNS, -1);
+    for (int64_t k = 0; k < count; ++k, sums += COLUMNS) {
+        for (int c = 0; c < COLUMNS; ++c) {
+            const float bound = upper[k] - half * sums[c];
+            at[c] = bound > top[c] ? static_cast<int32_t>(k) : at[c];
+            top[c] = bound > top[c] ? bound : top[c];
+        }
+    }
+}
+
+int64_t survive(const float* sums, const float* upper, const float* slack, int64_t count, float half,
+                float growth, const float* norm, const float* floor, uint32_t* alive, int64_t* grown) {
+    int64_t total = 0, grown_total = 0;
+    for (int64_t k = 0; k < count; ++k, sums += COLUMNS) {
+        alive[k] = 0;
+        for (int c = 0; c < COLUMNS; ++c) {
+            const float sum = sums[c] > FLT_MAX ? FLT_MAX : sums[c];
+            const float limit = upper[k] + slack[k] * norm[c] - floor[c];
+            const bool lives = !(half * sum > limit);
+            alive[k] |= static_cast<uint32_t>(lives) << c;
+            total += lives;
+            grown_total += !(half * growth * sum > limit);
+        }
+    }
+    *grown = grown_total;
+    return total;
+}
+
 void weigh(const float* y, int64_t stride, const int32_t* rows, const float* weights, int64_t count,
            bool square, float* sums) {
     float sum[ROWS][COLUMNS] = {};
@@ -191,8 +223,8 @@ double dot(const T* x, const double* y, int64_t d) {
     return sum;
 }
 
-constexpr MixtureTile mixture = {ROWS,  COLUMNS,  spread,     spread_exactly, factored,
-                                 weigh, distance, dot<float>, dot<double>};
+constexpr MixtureTile mixture = {ROWS,    COLUMNS, spread,   spread_exactly, factored,   choose,
+                                 survive, weigh,   distance, dot<float>,     dot<double>};
 
 }  // namespace
 

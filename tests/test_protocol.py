@@ -1,0 +1,470 @@
+"""The BMAD protocol from files on disk to the report, each figure against its definition."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from bmad_trees import LAYOUTS, bmad_tree, read
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
+from textures import save, spoiled
+
+from dinofast import Detector, cli, models, protocol, published, scoreboard
+from dinofast.backbone import Backbone
+from dinofast.data import Sample, bmad
+from dinofast.errors import BadFilesError, InputError
+from dinofast.metrics import RegionOverlap
+from dinofast.models.iterative import IterativeModel
+from dinofast.scoreboard import Report
+from dinofast.stream import Embedder
+from dinofast.types import Scores
+
+LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
+
+
+def truth(sample: Sample) -> np.ndarray:
+    mask = sample.mask()
+    assert mask is not None
+    return mask
+
+
+@pytest.fixture(scope="module")
+def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bmad_tree(tmp_path_factory.mktemp("brain"))
+
+
+@pytest.fixture(scope="module")
+def report(brain: Path, lite0: Backbone) -> Report:
+    return protocol.run(Detector(lite0), bmad.load(brain))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_runs_end_to_end(layout: str, lite0: Backbone, tmp_path: Path) -> None:
+    bmad_tree(tmp_path, layout, good_masks=layout.endswith("L1"))
+    found = protocol.run(Detector(lite0), bmad.load(tmp_path))
+    assert found.set == layout.split("-")[0]
+    assert (found.n_train, len(found.images)) == (3, 5)
+    assert found.pixel.auroc > 0.95
+    assert found.pro is not None
+    assert found.pro.value > 0.9
+    assert [at.threshold.n_images for at in found.dice] == [3, 3, 3]
+    assert found.image is not None
+    assert found.image.auroc == 1
+    assert all(note.startswith("the counts differ from ") for note in found.notes)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_figures_are_their_definitions(brain: Path, report: Report, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0).fit(found.train)
+    normal = [s for s in found.valid if s.label == 0]
+    calibration = np.sort(np.concatenate([p.map.numpy().ravel() for p in detector.predict(normal)]))
+    predictions = list(detector.predict(found.test))
+    maps, masks = [p.map.numpy() for p in predictions], [truth(s) for s in found.test]
+    scores, labels = (np.concatenate([a.ravel() for a in arrays]) for arrays in (maps, masks))
+
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    assert report.pixel.auroc == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert report.pixel.aupr == pytest.approx(auc(recall, precision), abs=1e-6)
+    assert report.pixel.average_precision == pytest.approx(average_precision_score(labels, scores), abs=1e-6)
+    assert (report.pixel.n_anomalous, report.pixel.error) == (labels.sum(), 0)
+
+    assert [at.fpr for at in report.dice] == [0.1, 0.05, 0.01]
+    for at in report.dice:
+        threshold = calibration[calibration.size - 1 - int(calibration.size * at.fpr)]
+        assert at.threshold.value == pytest.approx(threshold, rel=1e-5)
+        called = scores > at.threshold.value
+        assert at.dice == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()), abs=1e-3)
+        assert at.test_fpr == pytest.approx(called[~labels].mean(), abs=1e-3)
+        assert at.threshold.realized_rate <= at.fpr
+
+    regions = RegionOverlap()
+    for map, mask in zip(maps, masks, strict=True):
+        regions.update(map, mask)
+    assert report.pro is not None
+    assert report.pro.value == pytest.approx(regions.area().value, abs=1e-4)
+
+    for row, sample, prediction, mask in zip(report.images, found.test, predictions, masks, strict=True):
+        assert sample.source == str(brain / row.source)
+        assert row.label == sample.label
+        assert row.score == pytest.approx(prediction.score, abs=1e-5)
+        if row.label:
+            assert row.auroc == pytest.approx(roc_auc_score(mask.ravel(), prediction.map.ravel()), abs=1e-5)
+        else:
+            assert (row.auroc, row.aupr) == (None, None)
+    assert report.image_wise is not None
+    pairs = [(row.auroc, row.aupr) for row in report.images if row.auroc is not None]
+    assert (report.image_wise["auroc"], report.image_wise["aupr"]) == pytest.approx(np.mean(pairs, axis=0))
+    assert report.image_wise["n_images"] == 3
+    assert report.model_bytes == 3 * 36 * lite0.dim * 4
+    assert set(report.seconds) == set(report.fit_seconds) == {"read", "preprocess", "backbone", "model"}
+
+
+def test_thresholds_from_patch_scores(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0).fit(found.train)
+    by_patch = protocol.run(detector, found, threshold_from="patch", regions=False)
+    batches = Embedder(lite0).batches([s for s in found.valid if s.label == 0], "x")
+    patches = np.sort(np.concatenate([detector.model.patch_scores(b.features).ravel() for b in batches]))
+    assert patches.size == 3 * 36
+    for at in by_patch.dice:
+        assert at.threshold.value == pytest.approx(patches[107 - int(108 * at.fpr)], rel=1e-5)
+    assert by_patch.pro is None
+    assert by_patch.settings["threshold_from"] == "patch"
+    assert by_patch.fit_seconds == {}
+
+
+def test_masks_at_240_are_nearest_pixels(brain: Path, lite0: Backbone) -> None:
+    found = protocol.run(Detector(lite0), bmad.load(brain), map_size="240", regions=False)
+    near = (np.arange(240) + 0.5) * 60 // 240
+    masks = [truth(s)[np.ix_(near.astype(int), near.astype(int))] for s in bmad.load(brain).test]
+    assert found.pixel.n_anomalous == sum(m.sum() for m in masks)
+    assert found.pixel.n_normal + found.pixel.n_anomalous == 5 * 240 * 240
+    assert found.pixel.auroc > 0.95
+
+
+def test_masks_at_224_are_bilinear_from_a_tenth(brain: Path, lite0: Backbone) -> None:
+    found = protocol.run(Detector(lite0), bmad.load(brain), map_size="224", regions=False)
+    masks = torch.stack([torch.from_numpy(truth(s)) for s in bmad.load(brain).test])[None].double()
+    soft = torch.nn.functional.interpolate(masks, (224, 224), mode="bilinear")
+    assert abs(found.pixel.n_anomalous - int((soft >= 0.1).sum())) <= 5
+    assert found.pixel.n_anomalous > int((soft >= 0.5).sum()) + 100
+
+
+def test_the_mask_rule_decides(brain: Path, report: Report, lite0: Backbone) -> None:
+    top = protocol.run(Detector(lite0), bmad.load(brain, mask_rule="255"))
+    assert 0 < top.pixel.n_anomalous < report.pixel.n_anomalous
+    assert top.settings["mask_rule"] == "255"
+
+
+def test_notes_say_what_surprises(lite0: Backbone, tmp_path: Path) -> None:
+    root = bmad_tree(tmp_path, "liver-L1")
+    mask = root / "test/label/Ungood/00011_60.png"
+    save(mask, 0 * read(mask))
+    save(root / "test/label/good/00009_60.png", np.full((64, 64), 255, np.uint8))
+    save(root / "test/img/Ungood/again.png", read(root / "valid/img/Ungood/00007_60.png"))
+    save(root / "test/label/Ungood/again.png", read(root / "valid/label/Ungood/00007_60.png"))
+    save(root / "test/label/Ungood/lone.png", read(mask))
+    found = protocol.run(Detector(lite0), bmad.load(root))
+    assert found.notes[1:] == [
+        f"valid & test share 1 images, {root / 'valid/img/Ungood/00007_60.png'} and "
+        f"{root / 'test/img/Ungood/again.png'} among them",
+        "1 test images of label 1 have an empty mask by the rule 'any'",
+        "1 test images of label 0 have a mask that marks something",
+        "1 masks have no image, test/label/Ungood/lone.png among them",
+    ]
+    assert list(found.overlap) == ["valid & test"]
+
+
+def test_a_detector_that_has_seen_the_test_is_told(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0).fit([*found.train, found.test[1], found.valid[0]])
+    notes = protocol.run(detector, found, regions=False).notes
+    assert notes[1:] == [
+        f"the detector has learned 1 images of valid, {found.valid[0].source} among them",
+        f"the detector has learned 1 images of test, {found.test[1].source} among them",
+    ]
+
+
+class Chooser(IterativeModel):
+    """A toy that learns the mean of train and of validation, the latter as what it would choose epochs by."""
+
+    name = "chooser"
+
+    def _train(self, train: Any, validation: Any, checkpoint: Any, progress: Any) -> dict[str, torch.Tensor]:
+        return {"mean": torch.stack([s.rows(range(len(s))).mean(0) for s in (train, validation)])}
+
+    @property
+    def n_channels(self) -> int:
+        return self.state()["mean"].shape[1]
+
+    def _merged(self, other: Any) -> Any: ...
+
+    def _check_state(self, state: Any) -> None: ...
+
+    def _patch_scores(self, tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor - self.state()["mean"][0]).norm(dim=3)
+
+    def _summarize(self, patches: torch.Tensor, image_size: tuple[int, int]) -> Scores:
+        maps = torch.nn.functional.interpolate(patches[:, None], image_size, mode="bilinear")[:, 0]
+        return Scores(patches.amax((1, 2)), maps)
+
+
+def test_a_model_of_epochs_chooses_by_normal_validation_images(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0, Chooser())
+    report = protocol.run(detector, found, regions=False)
+    assert (report.model, report.n_train) == ("Chooser()", 3)
+    assert not any(row["same_model"] for row in report.published)
+    normal = [s for s in found.valid if s.label == 0]
+    batches = Embedder(lite0).batches(normal, "x")
+    mean = torch.cat([b.features.tensor.flatten(0, 2) for b in batches]).mean(0)
+    torch.testing.assert_close(detector.model.state()["mean"][1], mean, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="validation and checkpoint are for models trained over epochs"):
+        protocol.run(Detector(lite0), found, checkpoint=brain / "never", regions=False)
+
+
+def test_counts_that_agree_are_said(lite0: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bmad.load(bmad_tree(tmp_path, "resc-L1"))
+    monkeypatch.setitem(bmad.PUBLISHED_COUNTS["resc"], "DPMM", found.counts)
+    assert protocol.run(Detector(lite0), found).notes == ["the counts are those of DPMM"]
+    unnamed = bmad.load(bmad_tree(tmp_path / "x", "resc-L1").rename(tmp_path / "data"))
+    said = protocol.run(Detector(lite0), unnamed)
+    assert (said.set, said.published) == (None, [])
+    assert said.notes[0].startswith("the set is not known")
+
+
+def test_no_split_is_held(lite0: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of what numpy holds is the same for 3 times as many pixels."""
+    size = (192, 384)
+    image, mask = spoiled(0, size), np.zeros(size, bool)
+    mask[128:, 256:] = True
+    monkeypatch.setattr(protocol, "_BUDGET", 2**18)
+    monkeypatch.setattr(protocol, "_BINS", 2**12)
+    monkeypatch.setattr("dinofast.evaluate._GATHERED", 2**18)
+    detector = Detector(lite0).fit([image])
+
+    def peak(count: int) -> int:
+        path = Path("/set/test.png")
+        samples = [Sample(str(i), lambda: image, lambda: mask, 1, path) for i in range(count)]
+        scorer = protocol._Scorer(detector, "native", 4, None)
+        tracemalloc.start()
+        thresholds = scorer.thresholds(samples[:4], "pixel")
+        scorer.figures(Path("/set"), samples, thresholds, True)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(6), peak(18)
+    assert many - few < 2 * mask.size  # 12 maps more, if held, would be 30 times this
+    assert many < 64 * 2**20
+
+
+def test_bad_files_stop_the_run_before_the_fit(lite0: Backbone, tmp_path: Path) -> None:
+    root = bmad_tree(tmp_path)
+    mask = root / "test/Ungood/label/00011_60.png"
+    save(mask, read(mask)[1:])
+    (root / "valid/good/img/00004_60.png").write_text("no picture")
+    detector = Detector(lite0)
+    with pytest.raises(BadFilesError, match=r"00004_60\.png: not an image"):
+        protocol.run(detector, bmad.load(root))
+    (root / "valid/good/img/00004_60.png").unlink()
+    with pytest.raises(BadFilesError, match=r"00011_60\.png.*its size \(H, W\) = \(59, 60\)"):
+        protocol.run(detector, bmad.load(root))
+    assert not detector.model.is_fitted
+    found = protocol.run(detector, bmad.load(root), skip_bad=True)
+    assert [row.source for row in found.images if row.label] == [
+        "test/Ungood/img/00012_61.png",
+        "test/Ungood/img/00013_62.png",
+    ]
+
+
+def test_masks_that_mark_nothing_are_refused(lite0: Backbone, tmp_path: Path) -> None:
+    root = bmad_tree(tmp_path, "liver-L1")
+    for path in (root / "test/label/Ungood").iterdir():
+        save(path, np.minimum(read(path), 1))
+    with pytest.raises(
+        InputError, match="no mask of test marks a pixel by the mask rule '255'; choose another"
+    ):
+        protocol.run(Detector(lite0), bmad.load(root, mask_rule="255"))
+    assert protocol.run(Detector(lite0), bmad.load(root)).pixel.auroc > 0.95
+
+
+def test_labels_from_masks_can_leave_no_normal_image(lite0: Backbone, tmp_path: Path) -> None:
+    root = bmad_tree(tmp_path, "liver-L1")
+    for path in (root / "valid/label/good").iterdir():
+        save(path, np.full((64, 64), 255, np.uint8))
+    with pytest.raises(
+        InputError, match="valid has no image of label 0; the thresholds are taken from these"
+    ):
+        protocol.run(Detector(lite0), bmad.load(root, labels="mask"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"map_size": "100"}, "map size '100': one of native, 240, 224"),
+        ({"threshold_from": "image"}, "thresholds from 'image': one of pixel, patch"),
+    ],
+)
+def test_options_that_cannot_be(brain: Path, lite0: Backbone, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        protocol.run(Detector(lite0), bmad.load(brain), **options)
+
+
+def test_without_scipy_the_run_says_so_first(
+    brain: Path, lite0: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    detector = Detector(lite0)
+    with pytest.raises(InputError, match="needs scipy"):
+        protocol.run(detector, bmad.load(brain))
+    assert not detector.model.is_fitted
+    assert protocol.run(detector, bmad.load(brain), regions=False).pro is None
+
+
+# Published figures
+
+
+def test_published_rows_are_those_of_the_specification() -> None:
+    for name, dpmm, dilated, count in (
+        ("brain", (96.21, 43.43), (98.35, 72.42), 18),
+        ("liver", (95.46, 9.02), (96.39, 5.51), 20),
+        ("resc", (90.20, 41.66), (93.09, 42.34), 20),
+    ):
+        rows = {(row.source.key, row.method): row for row in published.rows(name)}
+        assert len(rows) == count
+        assert (rows["DPMM", "DPMM"].auroc, rows["DPMM", "DPMM"].aupr) == dpmm
+        found = rows["AR", "AR, dilated convolutions"]
+        assert (found.auroc, found.aupr) == dilated
+        assert all(0 < row.aupr < row.auroc < 100 for row in rows.values())
+    assert rows["DPMM", "DPMM"].dice == {0.1: 38.00, 0.05: 43.74, 0.01: 43.49}
+    assert rows["AR", "AR, dilated convolutions"].deviation == (0.19, 1.07)
+    assert published.rows(None) == published.rows("heart") == []
+
+
+def test_differences_are_measured_minus_published(report: Report) -> None:
+    rows = report.published
+    assert len(rows) == 18
+    assert [row["same_model"] for row in rows] == sorted((row["same_model"] for row in rows), reverse=True)
+    assert {row["model"] for row in rows if row["same_model"]} == {"memory_bank"}
+    by_key = {(row["source"]["key"], row["method"]): row for row in rows}
+    dpmm, ar = by_key["DPMM", "DPMM"], by_key["AR", "AR, dilated convolutions"]
+    assert dpmm["auroc_difference"] == pytest.approx(100 * report.pixel.auroc - 96.21)
+    assert dpmm["aupr_difference"] == pytest.approx(100 * report.pixel.aupr - 43.43)
+    assert dpmm["dice_difference"][0.01] == pytest.approx(100 * report.dice[2].dice - 45.87)
+    assert ar["aupr_difference"] == pytest.approx(100 * report.pixel.average_precision - 72.42)
+    assert (dpmm["same_size"], ar["same_size"]) == (True, False)
+
+
+# The command line
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dinofast", "evaluate", "--protocol", "bmad", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Result(stop.value.code if isinstance(stop.value.code, int) else 0, out, err)
+
+    return run
+
+
+def test_the_command_writes_the_whole_report(
+    call: Callable[..., Result], brain: Path, report: Report, tmp_path: Path
+) -> None:
+    out, saved, again = tmp_path / "a.json", tmp_path / "d.safetensors", tmp_path / "b.json"
+    first = call(brain, "memory_bank", *LITE, "--out", out, "--save", saved, "--json")
+    assert (first.code, first.err) == (0, "")
+    found = json.loads(first.out)
+    assert json.loads(out.read_text()) == found
+    assert found["protocol"] == "bmad"
+    assert found["pixel"]["auroc"] == pytest.approx(report.pixel.auroc, abs=1e-6)
+    assert found["pro"]["value"] == pytest.approx(report.pro.value, abs=1e-4)  # type: ignore[union-attr]
+    assert found["published"][0]["method"] == "AnomalyDINO, full bank"
+    assert len(found["images"]) == 5
+
+    second = call(brain, saved, "--against", out, "--out", again, "--json")
+    assert second.code == 0
+    tested = json.loads(again.read_text())
+    assert tested["against"]["auroc"]["p_value"] == tested["against"]["aupr"]["p_value"] == 1
+    assert tested["against"]["auroc"]["n_pairs"] == 3
+    assert tested["against"]["auroc"]["n_permutations"] == 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", "d.safetensors"}
+
+
+def test_the_command_for_people(call: Callable[..., Result], brain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    assert call(brain, "memory_bank", *LITE, "--out", out).code == 0
+    options = ("--param", "n_neighbors=2", "--thresholds", "patch", "--shots", 2, "--against", out)
+    found = call(brain, "memory_bank", *LITE, *options)
+    assert found.code == 0
+    head, measured, *_ = [line for line in found.out.splitlines() if line[:1] in "┃│"]
+    assert [cell.strip() for cell in head.strip("┃").split("┃")] == [
+        "method", "AUROC", "AUPR", "Dice@10%", "Dice@5%", "Dice@1%", "source",
+    ]  # fmt: skip
+    assert measured.startswith("│ this run ")
+    row = next(line for line in found.out.splitlines() if line.startswith("│ DPMM  "))
+    measured_auroc = float(measured.split("│")[2])
+    assert f"96.21 ({measured_auroc - 96.21:+.2f})" in row
+    assert "MemoryBank(n_neighbors=2)" in found.out
+    assert "Thresholds from the patch scores of 3 normal validation images" in " ".join(found.out.split())
+    assert "Paired permutation test" in found.out
+    assert "source DPMM: Schulthess & Konukoglu" in found.out
+    assert "note: the counts differ from BMAD's: train/good 3 for 7500" in found.out
+    assert "images learned, scored" in found.out
+    assert "│ 2, 5" in found.out
+
+
+def test_runs_that_cannot_be_compared(call: Callable[..., Result], brain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    assert call(brain, "memory_bank", *LITE, "--out", out, "--no-regions", "--json").code == 0
+    other = call(brain, "memory_bank", *LITE, "--against", out, "--map-size", "240")
+    assert (other.code, other.out) == (1, "")
+    assert "the runs differ in map_size, '240' and 'native'" in other.err
+    assert "check:" not in other.err
+    changed = json.loads(out.read_text())
+    changed["images"][0]["source"] = "test/good/img/other.png"
+    out.write_text(json.dumps(changed))
+    late = call(brain, "memory_bank", *LITE, "--against", out, "--out", tmp_path / "b.json", "--json")
+    assert late.code == 1
+    assert "2 images are in one run only, test/good/img/00009_60.png among them" in late.err
+    assert json.loads(late.out) == json.loads((tmp_path / "b.json").read_text())
+    for text, message in (("{}", "is not a report of this protocol"), ("{", "is not JSON")):
+        out.write_text(text)
+        assert message in call(brain, "memory_bank", *LITE, "--against", out).err
+    assert "cannot be read (No such file" in call(brain, "memory_bank", *LITE, "--against", "absent.json").err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("absent", "memory_bank", *LITE), 1, "absent: no such folder; give the one that holds train"),
+        ((".", "foo", *LITE), 1, "unknown model 'foo'"),
+        ((".", "memory_bank", *LITE, "--masks", "128"), 1, "mask rule '128': one of any, 255"),
+        ((".", "memory_bank", *LITE, "--map-size", "1"), 1, "map size '1': one of native, 240, 224"),
+        ((".", "memory_bank", *LITE, "--set", "heart"), 1, "set 'heart': one of brain, liver, resc"),
+        ((".", "absent.safetensors"), 1, "absent.safetensors: no such file"),
+        ((".", "memory_bank", *LITE, "--out", "."), 1, ".: cannot be written"),
+        ((".", "d.safetensors", "--param", "n_neighbors=2", "--shots", "1"), 2, "--param, --shots: "),
+        ((".", "memory_bank", "--split", "test"), 2, "--split"),
+        ((".", "memory_bank", "--layers", "a"), 2, "--layers"),
+    ],
+)
+def test_what_the_command_refuses(
+    call: Callable[..., Result],
+    brain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(brain)
+    monkeypatch.setenv("COLUMNS", "200")
+    found = call(*args)
+    assert (found.code, found.out) == (code, "")
+    assert message in found.err
+    assert "Traceback" not in found.err
+
+
+def test_every_model_can_be_asked_for(brain: Path, lite0: Backbone) -> None:
+    assert "memory_bank" in models.names()
+    found = protocol.run(Detector(lite0, "memory_bank"), bmad.load(brain), train=bmad.load(brain).train[:1])
+    assert found.n_train == 1
+    assert scoreboard.tables(found)[0].rows[0][0] == "this run"

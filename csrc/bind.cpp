@@ -73,7 +73,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
             py::gil_scoped_release release;
-            cosine_max(tile, left, right, reinterpret_cast<float*>(similarity),
+            cosine_max(tile, chosen_int8_tile(), left, right, reinterpret_cast<float*>(similarity),
                        reinterpret_cast<int64_t*>(index), threads);
         },
         "Fill similarity (N,) float32 and index (N,) int64. "
@@ -152,7 +152,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
             py::gil_scoped_release release;
-            cosine_map(tile, left, right, reinterpret_cast<const bool*>(mask), weights(rows),
+            cosine_map(tile, chosen_int8_tile(), left, right, reinterpret_cast<const bool*>(mask), weights(rows),
                        weights(columns), h, width, reinterpret_cast<float*>(out), threads);
         },
         "Fill out (B, H, W) float32 from the rows of B grids (h, w); mask (N,) bool or a null pointer.");

@@ -14,6 +14,7 @@ namespace dinofast {
 namespace {
 
 constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS;
+constexpr int64_t RUN = Int8Tile::RUN;
 constexpr int64_t PRIVATE = 384 << 10;  // bytes of codes that one thread reads again and again from its L2
 constexpr int64_t TILES = 8;            // tiles that one thread takes at a time
 constexpr int64_t CHUNK_OF_QUERIES = 1024;
@@ -27,6 +28,7 @@ class BankSearch {
           bank_(bank),
           d_(measure.d),
           quads_(quads(measure.d)),
+          tile_size_(round_up(4 * quads_, RUN) / 4 * ROWS),
           probes_(probes),
           group_(std::max(PRIVATE / (4 * quads_) / COLUMNS, int64_t{1}) * COLUMNS),
           k_(k),
@@ -49,7 +51,7 @@ class BankSearch {
         order_ = allocate<int64_t>(chunk);
         sq_norm_ = allocate<double>(chunk);
         whole_ = allocate<bool>(chunk);
-        tiles_ = allocate<int32_t>(tiles * quads_ * ROWS);
+        tiles_ = allocate<int32_t>(tiles * tile_size_);
         scale_ = allocate<float>(tiles * ROWS);
         sum_ = allocate<int32_t>(tiles * ROWS);
         Candidates candidates(chunk, k_, true);
@@ -172,8 +174,8 @@ class BankSearch {
 
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        int32_t* const out = tiles_.get() + t * quads_ * ROWS;
-        std::fill(out, out + quads_ * ROWS, 0);
+        int32_t* const out = tiles_.get() + t * tile_size_;
+        std::fill(out, out + tile_size_, 0);
         int8_t* const codes = reinterpret_cast<int8_t*>(buffer + d_ + 16);
         for (int64_t r = 0; r < ROWS; ++r) {
             const int64_t i = t * ROWS + r;
@@ -185,8 +187,8 @@ class BankSearch {
             subtract(x, bank_.center, d_, buffer);
             std::fill(codes, codes + quads_ * 4, 0);
             const Quantized found = quantize(buffer, d_, codes);
-            for (int64_t quad = 0; quad < quads_; ++quad) {
-                std::memcpy(out + quad * ROWS + r, codes + quad * 4, 4);
+            for (int64_t k = 0; k < 4 * quads_; k += RUN) {
+                std::memcpy(out + (k * ROWS + r * RUN) / 4, codes + k, static_cast<size_t>(std::min(RUN, 4 * quads_ - k)));
             }
             scale_[i] = found.scale;
             sum_[i] = found.sum;
@@ -205,7 +207,7 @@ class BankSearch {
             const int64_t i = t * ROWS + r;
             threshold[r] = i < count ? candidates.threshold(i) : INFINITY;
         }
-        const int64_t found = int8_.sieve(tiles_.get() + t * quads_ * ROWS, scale_.get() + t * ROWS,
+        const int64_t found = int8_.sieve(tiles_.get() + t * tile_size_, scale_.get() + t * ROWS,
                                           sum_.get() + t * ROWS, bank_.codes + first * quads_ * 4, columns,
                                           quads_, bank_.scale + first, bank_.bias + first, threshold, hits);
         for (int64_t h = 0; h < found; ++h) {
@@ -292,7 +294,7 @@ class BankSearch {
     const Measure& measure_;
     const Int8Tile& int8_;
     const PackedBank& bank_;
-    const int64_t d_, quads_, probes_, group_;
+    const int64_t d_, quads_, tile_size_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
     int64_t own_;

@@ -16,6 +16,12 @@ struct Rows {
     int64_t d;
     Element element;
 
+    // The same rows, channels first to first + count.
+    Rows channels(int64_t first, int64_t size) const {
+        const char* start = static_cast<const char*>(data) + first * (element == Element::float32 ? 4 : 2);
+        return {start, count, stride, size, element};
+    }
+
     // Bring row i near while something else is computed.
     void prefetch(int64_t i) const {
         const int64_t size = element == Element::float32 ? 4 : 2;

@@ -36,6 +36,9 @@ struct Lines {
     // included, ascending, and return how many. `score` and `columns` reach to a multiple of 16.
     int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns);
 
+    // out[j] += x[j] for j < n.
+    void (*add)(const float* x, int64_t n, double* out);
+
     // out[j] += factor * x[j] for j < n.
     void (*add_scaled)(const float* x, float factor, int64_t n, float* out);
 

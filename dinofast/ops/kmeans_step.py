@@ -76,7 +76,8 @@ def _fake(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         ),
     )
     index = rows.new_empty(n, dtype=torch.int64)
-    return index, rows.new_empty(n, dtype=dtype), torch.empty_like(centers), index.new_empty(centers.shape[0])
+    sums = centers.new_empty(centers.shape)
+    return index, rows.new_empty(n, dtype=dtype), sums, index.new_empty(centers.shape[0])
 
 
 def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> None:

@@ -78,6 +78,11 @@ int64_t vector_select(const float* score, int64_t count, float limit, float slac
 }
 
 template <class V>
+void vector_add(const float* x, int64_t n, double* out) {
+    for (int64_t j = 0; j < n; ++j) out[j] += static_cast<double>(x[j]);
+}
+
+template <class V>
 void vector_add_scaled(const float* x, float factor, int64_t n, float* out) {
     const auto by = V::set(factor);
     int64_t j = 0;
@@ -122,6 +127,6 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 
 template <class V>
 constexpr Lines vector_lines = {vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,
-                                vector_select<V>,      vector_add_scaled<V>,         vector_combine<V>};
+                                vector_select<V>,      vector_add<V>, vector_add_scaled<V>,         vector_combine<V>};
 
 }  // namespace dinofast

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t PANEL = Int8Tile::COLUMNS;     // columns prepared at once: whole panels of every tile
 constexpr int64_t GROUP = 512;                   // columns scanned at once: their scores fit the L1
-constexpr int64_t PART = 1 << 19;                // floats of rows decided before `then` takes them
+constexpr int64_t PART = 1 << 17;                // floats of rows decided before `then` takes them
 constexpr int64_t SAMPLE = 16;                   // columns whose mean is the center
 constexpr float HUGE_NORM = 1e15f;               // scores of longer rows might overflow
 constexpr int64_t LEAST_D = 32;                  // channels below which int8 gains nothing

@@ -36,8 +36,9 @@ struct Lines {
     // included, ascending, and return how many. `score` and `columns` reach to a multiple of 16.
     int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns);
 
-    // out[j] += x[j] for j < n.
-    void (*add)(const float* x, int64_t n, double* out);
+    // out[j] += the sum over t < count of rows[index[t] * stride + j], one after the other, for j < n.
+    void (*add_rows)(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+                     double* out);
 
     // out[j] += factor * x[j] for j < n.
     void (*add_scaled)(const float* x, float factor, int64_t n, float* out);

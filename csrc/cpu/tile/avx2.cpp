@@ -9,6 +9,7 @@ namespace {
 
 struct Avx2 {
     using Float = __m256;
+    using Wide = __m256d;
     static constexpr int LANES = 8;
 
     static Float set(float x) { return _mm256_set1_ps(x); }
@@ -45,6 +46,7 @@ struct Avx2 {
     }
     static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm256_storeu_ps(p, x); }
+    static Wide add_widened(Wide sum, const float* p) { return _mm256_add_pd(sum, _mm256_cvtps_pd(_mm_loadu_ps(p))); }
     static __m128 halves(Float x) {
         return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     }

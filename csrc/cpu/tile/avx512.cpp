@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512 {
     using Float = __m512;
+    using Wide = __m512d;
     static constexpr int LANES = 16;
 
     static Float set(float x) { return _mm512_set1_ps(x); }
@@ -46,6 +47,7 @@ struct Avx512 {
     }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
+    static Wide add_widened(Wide sum, const float* p) { return _mm512_add_pd(sum, _mm512_cvtps_pd(_mm256_loadu_ps(p))); }
     static __m128 quarters(Float x) {
         const __m128 low = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1));
         return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(x, 2), _mm512_extractf32x4_ps(x, 3)));

@@ -78,8 +78,26 @@ int64_t vector_select(const float* score, int64_t count, float limit, float slac
 }
 
 template <class V>
-void vector_add(const float* x, int64_t n, double* out) {
-    for (int64_t j = 0; j < n; ++j) out[j] += static_cast<double>(x[j]);
+void vector_add_rows(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+                     double* out) {
+    constexpr int LANES = V::LANES / 2, PARTS = 8;
+    using Wide = typename V::Wide;
+    int64_t j = 0;
+    for (; j + PARTS * LANES <= n; j += PARTS * LANES) {
+        Wide sum[PARTS];
+        __builtin_memcpy(sum, out + j, sizeof sum);
+        for (int64_t t = 0; t < count; ++t) {
+            const float* row = rows + index[t] * stride + j;
+#pragma GCC unroll 8
+            for (int part = 0; part < PARTS; ++part) {
+                sum[part] = V::add_widened(sum[part], row + part * LANES);
+            }
+        }
+        __builtin_memcpy(out + j, sum, sizeof sum);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        for (int64_t i = j; i < n; ++i) out[i] += static_cast<double>(rows[index[t] * stride + i]);
+    }
 }
 
 template <class V>
@@ -126,7 +144,9 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 }
 
 template <class V>
-constexpr Lines vector_lines = {vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,
-                                vector_select<V>,      vector_add<V>, vector_add_scaled<V>,         vector_combine<V>};
+constexpr Lines vector_lines = {
+    vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,     vector_select<V>,
+    vector_add_rows<V>,    vector_add_scaled<V>,         vector_combine<V>,
+};
 
 }  // namespace dinofast

@@ -6,9 +6,9 @@
 
 namespace dinofast {
 
-void cosine_map(const Tile& tile, const Int8Tile& int8, const Rows& features, const Rows& prototypes, const bool* mask,
-                const Weights& rows, const Weights& columns, int64_t h, int64_t width, float* out,
-                int threads) {
+void cosine_map(const Tile& tile, const Int8Tile& int8, const Rows& features, const Rows& prototypes,
+                const bool* mask, const Weights& rows, const Weights& columns, int64_t h, int64_t width,
+                float* out, int threads) {
     const int64_t n = features.count;
     const std::unique_ptr<float[]> distance(new float[n]);
     const std::unique_ptr<int64_t[]> index(new int64_t[n]);

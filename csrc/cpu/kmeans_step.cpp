@@ -29,8 +29,8 @@ void sort_by_center(const int64_t* index, int64_t count, std::vector<int64_t>& e
 
 }  // namespace
 
-void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const Rows& centers, int64_t* index,
-                 float* sq_distance, float* sums, int64_t* counts, int threads) {
+void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const Rows& centers,
+                 int64_t* index, float* sq_distance, float* sums, int64_t* counts, int threads) {
     const int64_t k = centers.count, d = rows.d, slices = (d + SLICE - 1) / SLICE;
     const Array<double> total = allocate<double>(k * d);
     const Array<float> buffers = allocate<float>(SLICE * threads);
@@ -54,8 +54,8 @@ void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const
             for (int64_t c = 0, at = 0; c < k; at = ends[c++]) {
                 double* const out = total.get() + c * d + begin;
                 if (rows.element == Element::float32) {
-                    tile.lines.add_rows(part.get(first, nullptr), rows.stride, members.data() + at, ends[c] - at,
-                                        width, out);
+                    tile.lines.add_rows(part.get(first, nullptr), rows.stride, members.data() + at,
+                                        ends[c] - at, width, out);
                     continue;
                 }
                 const int32_t alone = 0;

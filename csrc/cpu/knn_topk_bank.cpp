@@ -188,7 +188,8 @@ class BankSearch {
             std::fill(codes, codes + quads_ * 4, 0);
             const Quantized found = quantize(buffer, d_, codes);
             for (int64_t k = 0; k < 4 * quads_; k += RUN) {
-                std::memcpy(out + (k * ROWS + r * RUN) / 4, codes + k, static_cast<size_t>(std::min(RUN, 4 * quads_ - k)));
+                const int64_t size = std::min(RUN, 4 * quads_ - k);
+                std::memcpy(out + (k * ROWS + r * RUN) / 4, codes + k, static_cast<size_t>(size));
             }
             scale_[i] = found.scale;
             sum_[i] = found.sum;

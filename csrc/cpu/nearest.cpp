@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t PANEL = Int8Tile::COLUMNS;     // columns prepared at once: whole panels of every tile
 constexpr int64_t GROUP = 512;                   // columns scanned at once: their scores fit the L1
-constexpr int64_t PART = 1 << 17;                // floats of rows decided before `then` takes them
+constexpr int64_t PART = 1 << 18;                // floats of rows decided before `then` takes them
 constexpr int64_t SAMPLE = 16;                   // columns whose mean is the center
 constexpr float HUGE_NORM = 1e15f;               // scores of longer rows might overflow
 constexpr int64_t LEAST_D = 32;                  // channels below which int8 gains nothing
@@ -108,7 +108,7 @@ void Nearest::find_center() {
 void Nearest::run(float* value, int64_t* index, const std::function<void(int64_t, int64_t)>& then) {
     const int64_t n = rows_.count, k = columns_.count;
     const bool in_parts = then && k <= block_;
-    const int64_t part = in_parts ? std::max(PART / d_ / height_, int64_t{1}) * height_ : round_up(n, height_);
+    const int64_t part = in_parts ? round_up(std::max(PART / d_, int64_t{1}), height_) : n;
     std::atomic<int64_t> next_panel{0}, next_tile{0};
     std::fill(value, value + n, what_ == Value::cosine ? -INFINITY : INFINITY);
     std::fill(index, index + n, 0);
@@ -166,7 +166,9 @@ void Nearest::prepare_panel(int64_t c, Scratch& mine) {
             std::fill(units_.get() + j * padded_, units_.get() + (j + 1) * padded_, 0.0f);
         }
     }
-    const auto most = [c](const Array<float>& of) { return *std::max_element(of.get() + c, of.get() + c + PANEL); };
+    const auto most = [c](const Array<float>& of) {
+        return *std::max_element(of.get() + c, of.get() + c + PANEL);
+    };
     panel_rest_[c / PANEL] = most(column_rest_);
     panel_norm_[c / PANEL] = most(column_norm_);
     panel_own_[c / PANEL] = most(own_);
@@ -245,10 +247,13 @@ void Nearest::decide(int64_t begin, int64_t end, Scratch& mine, float* value, in
     int64_t found = 0;
     for (int64_t first = begin; first < end; first += slots_) {
         const int64_t tiles = std::min(slots_, end - first);
-        for (int64_t slot = 0; slot < tiles; ++slot) prepare_tile(first + slot, slot, int8, mine, value, index);
+        for (int64_t slot = 0; slot < tiles; ++slot) {
+            prepare_tile(first + slot, slot, int8, mine, value, index);
+        }
         for (int64_t c = 0; c < count_; c += group_) {
             for (int64_t slot = 0; slot < tiles; ++slot) {
-                found += decide_tile(first + slot, slot, c, std::min(group_, count_ - c), int8, mine, value, index);
+                found += decide_tile(first + slot, slot, c, std::min(group_, count_ - c), int8, mine, value,
+                                     index);
             }
         }
     }
@@ -294,7 +299,8 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch
     } else if (whole) {
         mine.norm[at] = 2;  // of a product of unit rows, and more
         if (what_ == Value::sq_distance) {
-            mine.norm[at] = static_cast<float>((1 + gamma_) * std::sqrt(tile_.lines.sq_distance(x, center_.get(), d_)));
+            const double square = tile_.lines.sq_distance(x, center_.get(), d_);
+            mine.norm[at] = static_cast<float>((1 + gamma_) * std::sqrt(square));
         }
         mine.rest[at] = 0;
     }
@@ -326,8 +332,9 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
                             float* value, int64_t* index) const {
     const int64_t first = slot * height_;
     if (int8) {
-        int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_), mine.scale.get() + first,
-                       mine.sum.get() + first, column_codes_.get() + c * quads_ * 4, count, quads_,
+        int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
+                       mine.scale.get() + first, mine.sum.get() + first,
+                       column_codes_.get() + c * quads_ * 4, count, quads_,
                        column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_);
     } else {
         tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
@@ -372,7 +379,8 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         limit = std::max(limit, limit_for(value[i], norm, mine.offset[at]));
         for (int64_t f = 0; f < found; ++f) {
             const int64_t j = list[f];
-            const float error = base + by_rest * column_rest_[c + j] + by_norm * column_norm_[c + j] + own_[c + j];
+            const float error =
+                base + by_rest * column_rest_[c + j] + by_norm * column_norm_[c + j] + own_[c + j];
             if (j == top || score[j] + error < limit) continue;
             decide(j);
         }

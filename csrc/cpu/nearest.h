@@ -45,7 +45,8 @@ class Nearest {
     void pack_floats(int64_t c, float* buffer);
     void decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index);
     void prepare_tile(int64_t t, int64_t slot, bool int8, Scratch& mine, float* value, int64_t* index);
-    void prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch& mine, float* value, int64_t* index);
+    void prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch& mine, float* value,
+                     int64_t* index);
     int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, bool int8, Scratch& mine,
                         float* value, int64_t* index) const;
     const float* column(int64_t c) const;

@@ -35,17 +35,7 @@ struct Rows {
 
 inline int64_t padded_depth(int64_t d) { return (d + DEPTH - 1) / DEPTH * DEPTH; }
 
-// Pack up to Tile::rows rows from `first` on, normalized, into one tile of Tile::rows * padded_depth(d)
-// floats; absent rows are zero. `finite[r]` tells whether row r holds neither NaN nor inf; if not, it is
-// packed as zeros. `buffer` holds d floats.
-void pack_tile(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out, bool* finite);
-
 // Turn Tile::columns rows of d floats, padded_depth(d) from row to row, into one panel.
 void interleave(const Tile& tile, const float* buffer, int64_t d, float* out);
-
-// Pack up to Tile::columns rows from `first` on, normalized, as columns of one panel of Tile::columns * d
-// floats; absent columns are zero. False when a row holds NaN or inf. `buffer` holds
-// (Tile::columns + 1) * padded_depth(d) floats.
-bool pack_panel(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out);
 
 }  // namespace dinofast

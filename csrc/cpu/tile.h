@@ -29,7 +29,7 @@ struct Lines {
     // nothing over- or underflows.
     void (*rough_sq_distances)(const float* x, const float* const y[4], int64_t d, float out[4]);
 
-    // Inner product in float32 in one order of its own; both are readable to a multiple of 16, and 0 behind d.
+    // Inner product in float32, in one order; both are readable to a multiple of 16, and 0 behind d.
     float (*dot)(const float* x, const float* y, int64_t d);
 
     // List the columns j whose score is not below `limit` - slack, nor below the highest score - 2 slack, NaN

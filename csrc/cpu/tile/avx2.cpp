@@ -46,7 +46,9 @@ struct Avx2 {
     }
     static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm256_storeu_ps(p, x); }
-    static Wide add_widened(Wide sum, const float* p) { return _mm256_add_pd(sum, _mm256_cvtps_pd(_mm_loadu_ps(p))); }
+    static Wide add_widened(Wide sum, const float* p) {
+        return _mm256_add_pd(sum, _mm256_cvtps_pd(_mm_loadu_ps(p)));
+    }
     static __m128 halves(Float x) {
         return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     }

@@ -36,18 +36,22 @@ struct Avx512 {
             }
         }
         for (; k < d; k += 16) {
-            const Float v = _mm512_maskz_loadu_ps(first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16), x + k);
+            const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
+            const Float v = _mm512_maskz_loadu_ps(valid, x + k);
             const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
             const __m512d b =
                 _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
             sum[0] = _mm512_fmadd_pd(a, a, sum[0]);
             sum[1] = _mm512_fmadd_pd(b, b, sum[1]);
         }
-        return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
+        const __m512d left = _mm512_add_pd(sum[0], sum[1]), right = _mm512_add_pd(sum[2], sum[3]);
+        return _mm512_reduce_add_pd(_mm512_add_pd(left, right));
     }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
-    static Wide add_widened(Wide sum, const float* p) { return _mm512_add_pd(sum, _mm512_cvtps_pd(_mm256_loadu_ps(p))); }
+    static Wide add_widened(Wide sum, const float* p) {
+        return _mm512_add_pd(sum, _mm512_cvtps_pd(_mm256_loadu_ps(p)));
+    }
     static __m128 quarters(Float x) {
         const __m128 low = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1));
         return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(x, 2), _mm512_extractf32x4_ps(x, 3)));

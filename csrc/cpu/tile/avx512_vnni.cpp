@@ -87,7 +87,8 @@ struct Avx512Vnni {
 
     // Channels k to k + 16 of x - center, 0 behind the last.
     static __m512 gap(const float* x, const float* center, int64_t k, int64_t d) {
-        const __mmask16 valid = d - k >= LANES ? 0xffff : d <= k ? 0 : static_cast<__mmask16>((1u << (d - k)) - 1);
+        const int64_t left = d - k;
+        const __mmask16 valid = left >= LANES ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
         return _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + k), _mm512_maskz_loadu_ps(valid, center + k));
     }
 
@@ -132,14 +133,17 @@ struct Avx512Vnni {
 #pragma GCC unroll 4
             for (int64_t k = 0; k < RUN; k += LANES) {
                 const float *from = x + run + k, *less = center + run + k;
-                coder[k / LANES % 2].write(_mm512_sub_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(less)), codes + k);
+                const __m512 p = _mm512_sub_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(less));
+                coder[k / LANES % 2].write(p, codes + k);
             }
         }
-        for (int64_t k = 0; whole < d && k < RUN; k += LANES) coder[0].write(gap(x, center, whole + k, d), codes + k);
+        for (int64_t k = 0; whole < d && k < RUN; k += LANES) {
+            coder[0].write(gap(x, center, whole + k, d), codes + k);
+        }
         if (!usable && !(peak == 0 && square == 0)) return {0, __builtin_inff(), __builtin_inff(), 0};
         const float up = 1 + static_cast<float>(d + 64) * 0x1p-24f;
-        return {scale, up * __builtin_sqrtf(_mm512_reduce_add_ps(_mm512_add_ps(coder[0].rest, coder[1].rest))),
-                up * __builtin_sqrtf(square),
+        const float rest = _mm512_reduce_add_ps(_mm512_add_ps(coder[0].rest, coder[1].rest));
+        return {scale, up * __builtin_sqrtf(rest), up * __builtin_sqrtf(square),
                 _mm512_reduce_add_epi32(_mm512_add_epi32(coder[0].sum, coder[1].sum))};
     }
 };

@@ -118,7 +118,8 @@ int64_t select(const float* score, int64_t count, float limit, float slack, int3
     return found;
 }
 
-void add_rows(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n, double* out) {
+void add_rows(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+              double* out) {
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t j = 0; j < n; ++j) out[j] += static_cast<double>(rows[index[t] * stride + j]);
     }
@@ -218,7 +219,13 @@ constexpr MixtureTile mixture = {ROWS,  COLUMNS,  spread,     spread_exactly, fa
 }  // namespace
 
 const Tile baseline_tile = {
-    "baseline", ROWS, COLUMNS, normalize, write_products, sieve, {sq_distance, rough_sq_distances, dot, select, add_rows, add_scaled, combine},
+    "baseline",
+    ROWS,
+    COLUMNS,
+    normalize,
+    write_products,
+    sieve,
+    {sq_distance, rough_sq_distances, dot, select, add_rows, add_scaled, combine},
     &mixture};
 
 }  // namespace dinofast

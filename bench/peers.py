@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import OURS, Call
+from bench.measure import OURS, PEER_TOLERANCE, Call
 from dinofast.ops import MISSING, OPS, Bank, knn_topk
 from dinofast.ops.dpm_stats import pairs_evaluated
 from dinofast.ops.registry import choose
@@ -197,6 +197,44 @@ def _torch_products(
     return call
 
 
+def _sklearn_lloyd(rows: Tensor, centers: Tensor) -> Call:
+    """Take one iteration of its Lloyd algorithm, without what its KMeans does before and after."""
+    from sklearn.cluster import _k_means_lloyd
+
+    x, n, k = rows.numpy(), *(len(t) for t in (rows, centers))
+    before, ones, labels = centers.numpy(), np.ones(n, np.float32), np.full(n, -1, np.int32)
+    after, count, shift = np.empty_like(before), np.empty(k, np.float32), np.empty(k, np.float32)
+    step, threads = _k_means_lloyd.lloyd_iter_chunked_dense, torch.get_num_threads()
+
+    def call() -> Any:
+        step(x, ones, before, after, count, labels, shift, threads)
+        return (labels,)
+
+    return call
+
+
+def _faiss_kmeans(rows: Tensor, centers: Tensor) -> Call:
+    """Take one iteration of its Kmeans; it keeps the nearest centers to itself, so its means are checked."""
+    import faiss
+
+    x, start = rows.numpy(), centers.numpy()
+    many = 1 + len(rows)
+
+    def call() -> Any:
+        kmeans = faiss.Kmeans(
+            x.shape[1], len(start), niter=1, max_points_per_centroid=many, min_points_per_centroid=1
+        )
+        kmeans.train(x, init_centroids=start)
+        return kmeans.centroids
+
+    index = torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    sums = torch.zeros_like(centers).index_add_(0, index, rows)
+    means = sums / torch.bincount(index, minlength=len(centers))[:, None]
+    error = (torch.as_tensor(call()) - means).abs().max().item()
+    assert error < PEER_TOLERANCE, f"faiss Kmeans: a mean errs by {error:.3g}"
+    return call
+
+
 def _torch_scipy(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Call:
     from scipy.ndimage import gaussian_filter
 
@@ -258,6 +296,10 @@ PEERS: dict[str, list[Contender]] = {
         Contender("torch", _torch_products, tuple, only="_diag"),
         Contender("torch", _torch_full, tuple, only="_full", stages=lambda call: call.seconds),
         Contender("scikit-learn", _sklearn, _tensors, "sklearn", "500_diag"),
+    ],
+    "kmeans_step": [
+        Contender("scikit-learn", _sklearn_lloyd, _tensors, "sklearn"),
+        Contender("faiss", _faiss_kmeans, lambda _: (), "faiss"),
     ],
     "upsample_blur": [
         Contender("torch+scipy", _torch_scipy, _images, "scipy"),

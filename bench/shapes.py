@@ -140,6 +140,10 @@ SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
         ),
         **{size: partial(_real, name) for size, name in REAL.items()},
     },
+    "kmeans_step": {
+        "batch_8192x64_random": lambda: (unit_rows(8192, 0), unit_rows(8192, 0)[:64]),
+        "batch_8192x64_clustered": lambda: (clustered_rows(8192, 64, 0), clustered_rows(8192, 64, 0)[:64]),
+    },
     "dpm_stats": {
         "image_1024x150_diag": lambda: _mixture(1024, 150),
         "batch_12288x500_diag": lambda: _clusters(12_288, 500, "diag"),

@@ -8,6 +8,7 @@
 #include "cpu/farthest_point.h"
 #include "cpu/isa.h"
 #include "cpu/k_center.h"
+#include "cpu/kmeans_step.h"
 #include "cpu/knn_topk.h"
 #include "cpu/knn_topk_bank.h"
 
@@ -58,12 +59,12 @@ PYBIND11_MODULE(_native, m) {
     m.attr("OPENMP") = false;
 #endif
 
-    m.def("isa", [] { return chosen_tile().name; }, "Name the instruction set in use.");
+    m.def("isa", [] { return chosen_isa().name; }, "Name the instruction set in use.");
     m.def(
         "available_isas",
         [] {
             std::vector<std::string> names;
-            for (const Tile* tile : available_tiles()) names.emplace_back(tile->name);
+            for (const Isa& isa : available_isas()) names.emplace_back(isa.name);
             return names;
         },
         "List the instruction sets of this processor that there are kernels for, worst first.");
@@ -77,7 +78,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
             py::gil_scoped_release release;
-            cosine_max(tile, left, right, reinterpret_cast<float*>(similarity),
+            cosine_max(tile, chosen_int8_tile(), left, right, reinterpret_cast<float*>(similarity),
                        reinterpret_cast<int64_t*>(index), threads);
         },
         "Fill similarity (N,) float32 and index (N,) int64. "
@@ -157,7 +158,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
             py::gil_scoped_release release;
-            cosine_map(tile, left, right, reinterpret_cast<const bool*>(mask), weights(rows),
+            cosine_map(tile, chosen_int8_tile(), left, right, reinterpret_cast<const bool*>(mask), weights(rows),
                        weights(columns), h, width, reinterpret_cast<float*>(out), threads);
         },
         "Fill out (B, H, W) float32 from the rows of B grids (h, w); mask (N,) bool or a null pointer.");
@@ -188,6 +189,22 @@ PYBIND11_MODULE(_native, m) {
                 self.select(count, reinterpret_cast<int64_t*>(index), threads);
             },
             "Select count more rows into index (count,) int64.");
+    m.def(
+        "kmeans_step",
+        [](uintptr_t rows, int64_t n, int64_t stride, int64_t d, int element, uintptr_t centers, int64_t k,
+           int64_t centers_stride, uintptr_t index, uintptr_t sq_distance, uintptr_t sums, uintptr_t counts,
+           int threads) {
+            const Tile& tile = chosen_tile();
+            const Int8Tile& int8 = chosen_int8_tile();
+            const Rows left{reinterpret_cast<const void*>(rows), n, stride, d, static_cast<Element>(element)};
+            const Rows right{reinterpret_cast<const void*>(centers), k, centers_stride, d, Element::float32};
+            py::gil_scoped_release release;
+            kmeans_step(tile, int8, left, right, reinterpret_cast<int64_t*>(index),
+                        reinterpret_cast<float*>(sq_distance), reinterpret_cast<float*>(sums),
+                        reinterpret_cast<int64_t*>(counts), threads);
+        },
+        "Fill index (N,) int64, sq_distance (N,) float32, sums (K, D) float32 and counts (K,) int64; centers "
+        "are float32.");
     m.def(
         "dpm_stats",
         [](uintptr_t x, int64_t n, int64_t stride, int64_t d, int element, uintptr_t means,

@@ -123,6 +123,22 @@ class KCenter:
     ) -> None: ...
     def select(self, count: int, index: int, threads: int, /) -> None: ...
 
+def kmeans_step(
+    rows: int,
+    n: int,
+    stride: int,
+    d: int,
+    element: int,
+    centers: int,
+    k: int,
+    centers_stride: int,
+    index: int,
+    sq_distance: int,
+    sums: int,
+    counts: int,
+    threads: int,
+    /,
+) -> None: ...
 def dpm_stats(
     x: int,
     n: int,

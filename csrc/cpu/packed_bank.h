@@ -1,6 +1,7 @@
 #pragma once
 
 #include "candidates.h"
+#include "int8_tile.h"
 
 namespace dinofast {
 
@@ -48,11 +49,6 @@ struct PackedBank {
 };
 
 inline int64_t quads(int64_t d) { return (d + 3) / 4; }
-
-struct Quantized {
-    float scale, rest, norm;  // norms of what the codes leave, and of the row
-    int32_t sum;
-};
 
 // Codes -127 .. 127 of x (d,), times one scale.
 Quantized quantize(const float* x, int64_t d, int8_t* codes);

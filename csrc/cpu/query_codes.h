@@ -11,7 +11,7 @@ namespace dinofast {
 
 // One tile for the sieve, of any queries.
 struct QueryTile {
-    int32_t* codes;  // quads * Int8Tile::ROWS
+    int32_t* codes;  // QueryCodes::codes_of_tile()
     float scale[Int8Tile::ROWS];
     int32_t sum[Int8Tile::ROWS];
 };
@@ -22,7 +22,8 @@ class QueryCodes {
         : int8_(int8),
           channels_(channels),
           quads_(quads(channels)),
-          tiles_(allocate<int32_t>(tiles * quads_ * ROWS)),
+          size_(round_up(quads_, QUADS) * ROWS),
+          tiles_(allocate<int32_t>(tiles * size_)),
           sum_(allocate<int32_t>(tiles * ROWS)),
           scale_(allocate<float>(tiles * ROWS)),
           error_(allocate<float>(tiles * ROWS)) {}
@@ -31,7 +32,7 @@ class QueryCodes {
     float error(int64_t i) const { return error_[i]; }
 
     void clear(int64_t tile) {
-        std::fill_n(tiles_.get() + tile * quads_ * ROWS, quads_ * ROWS, 0);
+        std::fill_n(tiles_.get() + tile * size_, size_, 0);
         std::fill_n(sum_.get() + tile * ROWS, ROWS, 0);
         std::fill_n(scale_.get() + tile * ROWS, ROWS, 0.0f);
         std::fill_n(error_.get() + tile * ROWS, ROWS, 0.0f);
@@ -41,24 +42,28 @@ class QueryCodes {
     void fill(int64_t i, const float* x, float weight, float gamma, int8_t* buffer) {
         std::fill_n(buffer, quads_ * 4, int8_t{0});
         const Quantized found = quantize(x, channels_, buffer);
-        int32_t* const out = tiles_.get() + i / ROWS * quads_ * ROWS + i % ROWS;
-        for (int64_t quad = 0; quad < quads_; ++quad) std::memcpy(out + quad * ROWS, buffer + quad * 4, 4);
+        int32_t* const out = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
+        for (int64_t quad = 0; quad < quads_; quad += QUADS) {
+            std::memcpy(out + quad * ROWS, buffer + quad * 4, bytes(quad));
+        }
         scale_[i] = found.scale;
         sum_[i] = found.sum;
         error_[i] = quantization_error(found.norm, found.rest, weight, gamma);
     }
 
-    int64_t codes_of_tile() const { return quads_ * ROWS; }
+    int64_t codes_of_tile() const { return size_; }
 
     // Collect n <= ROWS queries; what is left of the tile is zero.
     void gather(const int64_t* queries, int64_t n, QueryTile& tile) const {
-        std::fill_n(tile.codes, quads_ * ROWS, 0);
+        std::fill_n(tile.codes, size_, 0);
         std::fill_n(tile.scale, ROWS, 0.0f);
         std::fill_n(tile.sum, ROWS, 0);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t i = queries[r];
-            const int32_t* const from = tiles_.get() + i / ROWS * quads_ * ROWS + i % ROWS;
-            for (int64_t quad = 0; quad < quads_; ++quad) tile.codes[quad * ROWS + r] = from[quad * ROWS];
+            const int32_t* const from = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
+            for (int64_t quad = 0; quad < quads_; quad += QUADS) {
+                std::memcpy(tile.codes + quad * ROWS + r * QUADS, from + quad * ROWS, bytes(quad));
+            }
             tile.scale[r] = scale_[i];
             tile.sum[r] = sum_[i];
         }
@@ -68,7 +73,7 @@ class QueryCodes {
     // queries of one tile in order, or of those collected.
     int64_t sieve(int64_t tile, const uint8_t* codes, const float* scale, const float* bias, int64_t first,
                   int64_t columns, const float* threshold, Hit* hits) const {
-        return int8_.sieve(tiles_.get() + tile * quads_ * ROWS, scale_.get() + tile * ROWS,
+        return int8_.sieve(tiles_.get() + tile * size_, scale_.get() + tile * ROWS,
                            sum_.get() + tile * ROWS, codes + first * quads_ * 4, columns, quads_,
                            scale + first, bias + first, threshold, hits);
     }
@@ -79,10 +84,13 @@ class QueryCodes {
     }
 
   private:
-    static constexpr int ROWS = Int8Tile::ROWS;
+    static constexpr int ROWS = Int8Tile::ROWS, QUADS = Int8Tile::RUN / 4;
+
+    // Bytes of the run that begins at a quad.
+    size_t bytes(int64_t quad) const { return static_cast<size_t>(4 * std::min<int64_t>(QUADS, quads_ - quad)); }
 
     const Int8Tile& int8_;
-    int64_t channels_, quads_;
+    int64_t channels_, quads_, size_;
     Array<int32_t> tiles_, sum_;
     Array<float> scale_, error_;
 };

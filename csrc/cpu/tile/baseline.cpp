@@ -37,18 +37,13 @@ void add_products(const float* tile, const float* b, int64_t d, float (&product)
     }
 }
 
-void best(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first, float* value,
-          int32_t* index) {
+void write_products(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
+                    float* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         float product[ROWS][COLUMNS] = {};
         add_products(tile, panels + column * d, d, product);
         for (int r = 0; r < ROWS; ++r) {
-            for (int c = 0; c < COLUMNS && column + c < columns; ++c) {
-                if (product[r][c] > value[r]) {
-                    value[r] = product[r][c];
-                    index[r] = first + static_cast<int32_t>(column + c);
-                }
-            }
+            for (int c = 0; c < COLUMNS; ++c) out[r * stride + column + c] = product[r][c] + bias[column + c];
         }
     }
 }
@@ -101,6 +96,33 @@ void rough_sq_distances(const float* x, const float* const y[4], int64_t d, floa
         for (; k < d; ++k) sums[0] += (x[k] - z[k]) * (x[k] - z[k]);
         out[which] = 0;
         for (float part : sums) out[which] += part;
+    }
+}
+
+float dot(const float* x, const float* y, int64_t d) {
+    float sums[SUMS] = {};
+    for (int64_t k = 0; k < d; k += SUMS) {
+        for (int i = 0; i < SUMS; ++i) sums[i] += x[k + i] * y[k + i];
+    }
+    float sum = 0;
+    for (float part : sums) sum += part;
+    return sum;
+}
+
+int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+    float best = limit + slack;
+    for (int64_t j = 0; j < count; ++j) best = std::max(best, score[j]);  // no NaN
+    int64_t found = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        if (!(score[j] < best - 2 * slack)) columns[found++] = static_cast<int32_t>(j);
+    }
+    return found;
+}
+
+void add_rows(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+              double* out) {
+    for (int64_t t = 0; t < count; ++t) {
+        for (int64_t j = 0; j < n; ++j) out[j] += static_cast<double>(rows[index[t] * stride + j]);
     }
 }
 
@@ -229,7 +251,13 @@ constexpr MixtureTile mixture = {ROWS,    COLUMNS, spread,   spread_exactly, fac
 }  // namespace
 
 const Tile baseline_tile = {
-    "baseline", ROWS, COLUMNS, normalize, best, sieve, {sq_distance, rough_sq_distances, add_scaled, combine},
+    "baseline",
+    ROWS,
+    COLUMNS,
+    normalize,
+    write_products,
+    sieve,
+    {sq_distance, rough_sq_distances, dot, select, add_rows, add_scaled, combine},
     &mixture};
 
 }  // namespace dinofast

@@ -16,6 +16,7 @@ from dinofast.ops.cosine_max import _fake as cosine_max_results
 from dinofast.ops.dpm_stats import _fake as dpm_stats_results
 from dinofast.ops.dpm_stats import log_constants, require_definite
 from dinofast.ops.farthest_point import _fake as farthest_point_results
+from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED, check_numbers
@@ -250,6 +251,25 @@ else:
     provide("upsample_blur", Kernel("cpu", ("cpu",), _upsample_blur_cpu, _refuse_first))
     provide("cosine_map", Kernel("cpu", ("cpu",), _cosine_map_cpu, _refuse_cosine_map))
     provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, _refuse_first))
+
+    @_naming_isa
+    def _kmeans_step_cpu(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index, sq_distance, sums, counts = kmeans_step_results(rows, centers)
+        rows, centers = dense(rows), dense(centers)
+        _native.kmeans_step(
+            *matrix(rows),
+            rows.shape[1],
+            _NATIVE_ELEMENTS[rows.dtype],
+            *matrix(centers),
+            index.data_ptr(),
+            sq_distance.data_ptr(),
+            sums.data_ptr(),
+            counts.data_ptr(),
+            _threads(),
+        )
+        return index, sq_distance, sums, counts
+
+    provide("kmeans_step", Kernel("cpu", ("cpu",), _kmeans_step_cpu, _refuse_first))
 
     @_naming_isa
     def dpm_stats_native(

@@ -28,8 +28,8 @@ class Mixture:
         mass: p (K,), float64: running mean of the responsibilities; at most 1 in sum.
         first: m (K, D): running mean of the rows, weighted by responsibility.
         second: C: running second moment, (K, D) or, for full covariance, (K, D, D).
-        sticks: v (K,), float64, in [0, 1].
-        concentration: α (), float64, at least 1.
+        sticks: v (K,), float64, in [0, 1]; see `Rule.bounded` for the last.
+        concentration: α (), float64, at least 1 or, where the rule leaves it unbounded, 0.
         iteration: t, steps made.
         means: μ (K, D).
         covariances: Σ, of the shape of `second`; without regard to `mass` all positive (definite).
@@ -89,6 +89,8 @@ class Rule:
         reg_covar: added to variances, at least 0.
         closed: whether the last stick is 1 after every step, so that the weights sum to 1.
         floor: log-weights below this are −inf.
+        bounded: whether a learned α is kept at 1 or above. Below 1 the last stick may exceed 1; any
+            other that would is 1.
 
     Raises:
         InputError: a value out of range.
@@ -102,6 +104,7 @@ class Rule:
     reg_covar: float = 1e-6
     closed: bool = True
     floor: float = -math.inf
+    bounded: bool = True
 
     def __post_init__(self) -> None:
         if self.schedule not in (*SCHEDULES, None):
@@ -208,13 +211,15 @@ def update(mixture: Mixture, count: Tensor, first: Tensor, second: Tensor, n: in
     means, covariances = _components(mass, first, second, rule)
     tail = mass.flip(0).cumsum(0).flip(0).roll(-1)
     tail[-1] = 0
-    sticks = mass / (mass + (mixture.concentration - 1) / n + tail + rule.eps)
+    total = mass + (mixture.concentration - 1) / n + tail + rule.eps
+    sticks = torch.where(total > 0, mass / total, (mass > 0).to(mass.dtype))
+    sticks[:-1].clamp_(max=1)
     if rule.closed:
         sticks[-1] = 1
     concentration = mixture.concentration
     if rule.learn_concentration and len(mass) > 1:
         ends = torch.digamma(n * (mass + tail) + concentration + 1) - torch.digamma(n * tail + concentration)
-        concentration = ((len(mass) - 1) / ends[:-1].sum()).clamp_min(1)
+        concentration = ((len(mass) - 1) / ends[:-1].sum()).clamp_min(1 if rule.bounded else 0)
     return Mixture(
         mass, first, second, sticks, concentration, mixture.iteration + 1, means, covariances.contiguous()
     )

@@ -1,6 +1,8 @@
 """The published mixture's class: steps, scores and states held to its equations written out in NumPy."""
 
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -336,3 +338,10 @@ def test_a_refused_batch_leaves_the_state():
     with pytest.raises(InputError):
         ours.step(rows() * np.nan)
     assert all(np.array_equal(before[key], value) for key, value in ours.state_dict().items())
+
+
+def test_the_example_agrees_with_the_equations(capsys):
+    path = Path(__file__).parents[1] / "examples" / "anomalydino_dpmm.py"
+    found = runpy.run_path(str(path))["main"](rows=200, components=9, channels=8)
+    assert max(found.values()) < 1e-5
+    assert "largest difference" in capsys.readouterr().out

@@ -1,9 +1,11 @@
 """scikit-learn's names against scikit-learn itself from the same starts, and by its own checks."""
 
 import pickle
+import runpy
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -390,3 +392,11 @@ def test_without_scikit_learn_it_says_so():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install scikit-learn" in found.stdout
+
+
+def test_the_example_agrees_with_scikit_learn(capsys):
+    path = Path(__file__).parents[1] / "examples" / "sklearn_neighbors.py"
+    found = runpy.run_path(str(path))["main"](rows=500, queries=40, channels=16, repeats=1)
+    assert set(found) == {"cosine", "euclidean", "k-means", "mixture"}
+    assert max(found.values()) < 1e-4
+    assert len(capsys.readouterr().out.splitlines()) == 6

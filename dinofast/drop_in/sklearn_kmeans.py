@@ -103,7 +103,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         if len(rows) < self.n_clusters:
             raise InputError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
         weights = _weights(sample_weight, rows)
-        tolerance = self.tol * float(rows.double().var(0, correction=0).mean())
+        tolerance = self.tol * float(rows.to(result_dtype(rows)).var(0, correction=0).mean())
         random_state = check_random_state(self.random_state)
         best: tuple[float, Tensor, Tensor, int] | None = None
         for _ in range(self._runs()):
@@ -166,7 +166,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
                 odds = share / share.sum()  # always given, as it changes what is drawn
                 chosen = random_state.choice(len(rows), size=self.n_clusters, replace=False, p=odds)
             else:
-                plain = (rows.double() - rows.double().mean(0)).to(result_dtype(rows)).cpu().numpy()
+                plain = rows.to(result_dtype(rows)).sub(rows.mean(0)).cpu().numpy()
                 chosen = kmeans_plusplus(
                     plain, self.n_clusters, sample_weight=share, random_state=random_state
                 )[1]

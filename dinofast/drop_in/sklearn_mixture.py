@@ -20,7 +20,7 @@ from dinofast.drop_in.sklearn_posterior import Posterior, Prior, Statistics, ass
 from dinofast.drop_in.sklearn_rows import check_choice, check_number, check_whole, rows_of
 from dinofast.errors import InputError
 from dinofast.interop import like
-from dinofast.ops.rows import result_dtype
+from dinofast.ops.rows import BLOCK, result_dtype, row_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -243,7 +243,7 @@ class BayesianGaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc
                 f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
                 f"n_samples = {len(rows)}"
             )
-        wide, d, kind = rows.double(), rows.shape[1], self.covariance_type
+        d, kind, middle = rows.shape[1], self.covariance_type, rows.mean(0, dtype=torch.float64)
         alpha, beta = self.weight_concentration_prior, self.mean_precision_prior
         nu, mean, covariance = self.degrees_of_freedom_prior, self.mean_prior, self.covariance_prior
         self.weight_concentration_prior_ = 1 / self.n_components if alpha is None else alpha
@@ -252,15 +252,13 @@ class BayesianGaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc
         check_number(0, above=True, weight_concentration_prior=self.weight_concentration_prior_)
         check_number(0, above=True, mean_precision_prior=self.mean_precision_prior_)
         check_number(d - 1, above=True, degrees_of_freedom_prior=self.degrees_of_freedom_prior_)
-        self.mean_prior_ = _given("mean_prior", mean, (d,)) if mean is not None else _host(wide.mean(0))
+        self.mean_prior_ = _given("mean_prior", mean, (d,)) if mean is not None else _host(middle)
         if covariance is not None:
             shape = {"full": (d, d), "diag": (d,), "spherical": ()}[kind]
             self.covariance_prior_ = _given("covariance_prior", covariance, shape)
-        elif kind == "full":
-            self.covariance_prior_ = np.atleast_2d(np.cov(_host(wide).T)) if len(wide) > 1 else np.eye(d)
         else:
-            variance = _host(wide.var(0)) if len(wide) > 1 else np.ones(d)
-            self.covariance_prior_ = variance if kind == "diag" else variance.mean()
+            spread = _host(_spread(rows, middle, kind == "full"))
+            self.covariance_prior_ = spread.mean() if kind == "spherical" else spread
         return rows, self._kept_prior(rows)
 
     def _kept_prior(self, rows: Tensor) -> Prior:
@@ -324,6 +322,18 @@ def _given(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     if found.shape != shape or not np.isfinite(found).all():
         raise InputError(f"{name} must be finite and of shape {shape}, got {found.shape}")
     return found
+
+
+def _spread(rows: Tensor, mean: Tensor, full: bool) -> Tensor:
+    """Give the unbiased covariance (D, D) of rows, or variances (D,), float64; the unit for a single row."""
+    total = torch.zeros(len(mean), len(mean) if full else 1, dtype=torch.float64, device=rows.device)
+    if len(rows) == 1:
+        return total.fill_diagonal_(1) if full else total[:, 0] + 1
+    for block in row_blocks(rows, BLOCK // len(mean)):
+        gap = block.double() - mean
+        total += gap.T @ gap if full else gap.square().sum(0)[:, None]
+    total /= len(rows) - 1
+    return total if full else total[:, 0]
 
 
 def _host(tensor: Tensor) -> Any:

@@ -142,6 +142,19 @@ def test_a_concentration_below_one_is_the_hosts():
     assert float(ours.v[-1]) > 1
 
 
+def test_negative_sticks_of_the_host_stay_numbers():
+    ours = model(k=4, steps=3)
+    ours.alpha, batch = 0.05, rows(1)
+    host = Host(ours.state_dict(), ours.alpha, "diag", "ema", 0.2)
+    ours.step(batch)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        host.step(batch)
+        assert np.isnan(host.log_pi()).any()
+    assert host.v.min() < 0
+    assert float(ours.v.min()) >= 0
+    assert bool(ours.calculate_pi().isfinite().all())
+
+
 def test_sticks_that_are_nan_in_the_host_stay_numbers():
     batch = rows(50)
     ours = model(k=3, steps=0, x=batch)

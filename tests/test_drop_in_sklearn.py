@@ -330,8 +330,12 @@ def test_tensors_go_in_and_come_out(dtype):
     np.testing.assert_array_equal(kmeans.labels_, labels)
     twin = BayesianGaussianMixture(n_components=6, random_state=0, covariance_type="diag").fit(plain)
     np.testing.assert_allclose(mixed.means_, twin.means_, rtol=1e-4, atol=1e-4)
-    within, _ = NearestNeighbors().fit(x).radius_neighbors(x[:2])
-    assert isinstance(within[0], torch.Tensor)
+    fitted = NearestNeighbors().fit(x)
+    for asked in (x[:2], None):
+        assert isinstance(fitted.radius_neighbors(asked)[0][0], torch.Tensor)
+        assert isinstance(fitted.kneighbors(asked)[0], torch.Tensor)
+    assert isinstance(fitted.kneighbors(plain[:2])[0], np.ndarray)
+    assert fitted.kneighbors_graph().shape == (400, 400)
     for broken in (x[:, :3], x * torch.nan, x[0]):
         with pytest.raises(ValueError, match=r"features|NaN|matrix"):
             kmeans.predict(broken)

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from dinofast.drop_in.sklearn_rows import check_choice, check_number, check_whole, rows_of
+from dinofast.drop_in.sklearn_rows import check_choice, check_number, check_whole, is_device_array, rows_of
 from dinofast.errors import InputError
 from dinofast.interop import like
 from dinofast.ops import Bank, knn_topk
@@ -95,6 +95,7 @@ class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
         self.effective_metric_params_: dict[str, Any] = {}
         self.n_samples_fit_ = len(rows)
         self._name = "cosine" if self.metric == "cosine" else "euclidean"
+        self._kind = X[:0] if is_device_array(X) else None
         wide = result_dtype(rows) == torch.float64
         self._bank: Tensor | Bank = rows.clone() if wide else Bank(rows, self._name)
         return self
@@ -129,7 +130,7 @@ class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
             distance, index = distance[~own].view(-1, k), index[~own].view(-1, k)
         else:
             distance, index = self._search(self._queries(X), k)
-        kind = self._rows.numpy() if X is None and self._rows.device.type == "cpu" else X
+        kind = self._kind if X is None else X
         found = like(distance, kind), like(index, kind)
         return found if return_distance else found[1]
 
@@ -161,7 +162,8 @@ class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
             raise InputError("sort_results needs return_distance")
         queries = self._rows if X is None else self._queries(X)
         distances, indices = self._within(queries, float(limit), skip_own=X is None, by_distance=sort_results)
-        found = _ragged(distances, X), _ragged(indices, X)
+        kind = self._kind if X is None else X
+        found = _ragged(distances, kind), _ragged(indices, kind)
         return found if return_distance else found[1]
 
     def kneighbors_graph(
@@ -233,10 +235,10 @@ class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
         return distances, indices
 
 
-def _ragged(parts: list[Tensor], X: Any) -> Any:
+def _ragged(parts: list[Tensor], kind: Any) -> Any:
     found = np.empty(len(parts), dtype=object)
     for row, part in enumerate(parts):
-        found[row] = part.cpu().numpy() if X is None else like(part, X)
+        found[row] = like(part, kind)
     return found
 
 

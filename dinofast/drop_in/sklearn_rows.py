@@ -30,7 +30,7 @@ def rows_of(estimator: Any, X: Any, *, reset: bool = False) -> Tensor:
         ValueError: not a matrix, no rows, NaN or infinite values, or another D.
         TypeError: sparse rows.
     """
-    given = to_tensor(X, "X").detach() if _is_device_array(X) else None
+    given = to_tensor(X, "X").detach() if is_device_array(X) else None
     if given is None:
         return to_tensor(validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32]), "X")
     name = type(estimator).__name__
@@ -49,7 +49,8 @@ def rows_of(estimator: Any, X: Any, *, reset: bool = False) -> Tensor:
     return given
 
 
-def _is_device_array(X: Any) -> bool:
+def is_device_array(X: Any) -> bool:
+    """Say whether rows are a torch or CuPy array, which scikit-learn's own checks do not take."""
     if isinstance(X, Tensor):
         return True
     return not isinstance(X, np.ndarray) and hasattr(X, "__cuda_array_interface__")

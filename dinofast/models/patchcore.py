@@ -83,8 +83,8 @@ class PatchCore(SearchedModel):
 
     Features may be float32, bfloat16 or float16; the bank and all distances are float32. Patch scores are at
     least 0. `bank` is the coreset in the order of selection, (M, D), D at most `max_channels`; from 4096 rows
-    on a search on the CPU prepares it, see `SearchedModel`. The selection depends on the order of the images, not on their batches. Coresets of parts are no
-    coreset of the whole, so models do not merge.
+    on a search on the CPU prepares it, see `SearchedModel`. The selection depends on the order of the images,
+    not on their batches. Coresets of parts are no coreset of the whole, so models do not merge.
 
     Memory: `fit` holds all N normal patches, 4 · N · D bytes, once (on the host first when the features come
     from another device), for a projected selection 4 · N more for each projected channel, and the bank.

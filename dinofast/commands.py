@@ -223,7 +223,12 @@ def evaluate(
         if protocol is Protocol.packaged:
             from dinofast.packaged_command import run as run_packaged
 
-            asked = {"--set": name, "--against": against, "--masks": masks, "--labels": labels}
+            asked: dict[str, object] = {
+                "--set": name,
+                "--against": against,
+                "--masks": masks,
+                "--labels": labels,
+            }
             asked |= {"--map-size": map_size, "--thresholds": thresholds, "--skip-bad": skip_bad or None}
             usual = {"--masks": "any", "--labels": "folder", "--map-size": "native", "--thresholds": "pixel"}
             if unused := [option for option, value in asked.items() if value != usual.get(option)]:

@@ -166,8 +166,8 @@ class Detector:
             raise InputError(f"rotate turns images without their masks, and {self.model.name} needs them.")
         if self.model.wants_cls and not self.backbone.has_cls:
             raise InputError(
-                f"{self.model!r} needs class tokens, and {self.backbone.id} has none; take a DINOv2 or DINOv3 "
-                "backbone, or parameters that do without."
+                f"{self.model!r} needs class tokens, and {self.backbone.id} has none; take a DINOv2 or "
+                "DINOv3 backbone, or parameters that do without."
             )
         good = self.check(data.samples(images), skip_bad=skip_bad, progress=progress)
         held_back = [] if validation is None else self.check(data.samples(validation), progress=progress)

@@ -55,8 +55,8 @@ def run(
     from dinofast import data, trial
     from dinofast.data import packaged
 
-    of_a_fit = {"--shots": shots, "--save": save, "--checkpoint": checkpoint}
-    refuse_fit_options(model, {"--param": param, "--size": size, "--layers": layers} | of_a_fit)
+    given: dict[str, object] = {"--param": param, "--size": size, "--layers": layers, "--shots": shots}
+    refuse_fit_options(model, given | {"--save": save, "--checkpoint": checkpoint})
     for path in filter(None, (out, save)):
         check_writable(path)
     if name not in packaged.NAMES:

@@ -77,8 +77,8 @@ def run(
     """
     from dinofast import data, protocol, scoreboard
 
-    of_a_fit = {"--shots": shots, "--save": save, "--checkpoint": checkpoint}
-    refuse_fit_options(model, {"--param": param, "--size": size, "--layers": layers} | of_a_fit)
+    given: dict[str, object] = {"--param": param, "--size": size, "--layers": layers, "--shots": shots}
+    refuse_fit_options(model, given | {"--save": save, "--checkpoint": checkpoint})
     for path in filter(None, (out, save)):
         check_writable(path)
     other = None if against is None else scoreboard.read(against)

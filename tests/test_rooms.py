@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "imaging": LEAVES,
     "progress": LEAVES,
     "artifact": LEAVES,
-    "ops": {"kernels", "_native", "_cuda", "artifact", "errors"},
+    "ops": {"kernels", "_native", "_cuda", "artifact", "errors", "interop"},
     "testing": {"ops"},
     "metrics": LEAVES,
     "data": LEAVES | {"imaging"},

@@ -364,3 +364,24 @@ def test_a_trial_validates_by_the_calibration_images(
     assert found.ranking is found.evaluation.image
     with pytest.raises(InputError, match="zero_shot learns from abnormal ones with masks; give a fitted"):
         trial.run(Detector(lite0, ZeroShot("cloth", str(vectors), n_taps=1)), toy)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fit", ("--validation", "--checkpoint", "--resize", "ground_truth")),
+        ("import", ("zero_shot", "spatial_ar", "--text", "--backward", "--param", "--resize", "squash")),
+        ("text", ("TOWER", "CLASS", "--out", "clip-vit-large-patch14-336")),
+        ("evaluate", ("packaged", "br35h", "elpv-mono", "lung-ct")),
+        ("", ("import", "text")),
+    ],
+)
+def test_help_of_the_models_options(
+    call: Call, monkeypatch: pytest.MonkeyPatch, command: str, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    found = call(*filter(None, [command]), "--help")
+    assert (found.code, found.err) == (0, "")
+    for word in words:
+        assert word.lower() in found.out.lower(), word

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 
 from bench.memory import resident
-from dinofast import Detector, backbone, metrics, models
+from dinofast import Detector, backbone, metrics, models, trial
 from dinofast.data import packaged
-from dinofast.evaluate import evaluate
 from dinofast.files import replacing
 from dinofast.stream import Embedder
 
@@ -51,22 +50,15 @@ def run(set_name: str, row: str, backbone_name: str) -> dict[str, Any]:
 def system(images: packaged.PackagedSet, features: backbone.Backbone, row: str) -> dict[str, Any]:
     """Run one of dinofast's models."""
     name, params = MODELS[row]
-    detector = Detector(features, models.create(name, **params))
-    start = time.perf_counter()
-    options = {"validation": images.calibrate} if hasattr(detector.model, "n_epochs") else {}
-    detector.fit(images.fit, **options)
-    fit_seconds, stages = time.perf_counter() - start, detector.seconds
-    result = evaluate(detector, images.test, region=images.region)
-    ranking = result.pixel or result.image
-    assert ranking is not None
+    found = trial.run(Detector(features, models.create(name, **params)), images)
     return {
-        "level": "pixel" if result.pixel else "image",
-        "auroc": ranking.auroc,
-        "aupr": ranking.aupr,
-        "fit_seconds": fit_seconds,
-        "fit_model_seconds": stages["model"] * len(images.fit),
-        "seconds_per_image": result.seconds,
-        "model_bytes": sum(t.nbytes for t in detector.model.state().values()),
+        "level": found.level,
+        "auroc": found.ranking.auroc,
+        "aupr": found.ranking.aupr,
+        "fit_seconds": found.fit_seconds,
+        "fit_model_seconds": found.fit_model_seconds,
+        "seconds_per_image": found.evaluation.seconds,
+        "model_bytes": found.model_bytes,
     }
 
 

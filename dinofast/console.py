@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dinofast.errors import InputError
 from dinofast.progress import Progress, rich_progress
 
 if TYPE_CHECKING:
+    from dinofast.backbone import Backbone
+    from dinofast.data import Sample
+    from dinofast.detector import Detector
+    from dinofast.evaluate import Evaluation
     from dinofast.models.base import Model
+
+SAVED = ".safetensors"
+"""How the name of a saved detector ends, where a model by name may stand too."""
+
+
+class Resizing(str, Enum):
+    """How images become pixels of the backbone."""
+
+    edge = "edge"
+    squash = "squash"
+
 
 Images = Annotated[
     list[str], typer.Argument(help="Images: files, folders, globs, NIfTI volumes (.nii, .nii.gz).")
@@ -41,6 +58,14 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time [de
 BackboneName = Annotated[
     str, typer.Option(help="auto, a short name (dinov2-small), a hub id, a folder, a .pth file, random:NAME.")
 ]
+Param = Annotated[
+    list[str] | None, typer.Option(help="Model parameter NAME=VALUE, such as n_neighbors=3; repeatable.")
+]
+Size = Annotated[
+    int | None, typer.Option(min=1, help="Pixels of the smaller edge [default: the backbone's].")
+]
+Layers = Annotated[str | None, typer.Option(help="Blocks to tap, such as 8,11 [default: the last].")]
+Resize = Annotated[Resizing, typer.Option(help="edge keeps the aspect of images, squash makes them square.")]
 DetectorFile = Annotated[Path, typer.Argument(help="A detector saved by `dinofast fit`.")]
 
 
@@ -87,6 +112,108 @@ def create_model(name: str, params: dict[str, Any]) -> Model:
         return models.create(name, **params)
     except TypeError as error:
         raise typer.BadParameter(f"--param: a value of the wrong type ({error})") from error
+
+
+def labeled(roots: Sequence[str], model: str) -> list[Sample]:
+    """List labeled folders with their masks, for a model that learns from masks.
+
+    Raises:
+        InputError: see `dinofast.data.folder`; no ground_truth in a folder.
+    """
+    from dinofast import data
+
+    found = []
+    for root in roots:
+        images = data.folder(root)
+        if any(image.mask_reader is None for image in images):
+            raise InputError(
+                f"{root}: has no ground_truth, and {model} learns from masks; put the mask of each anomalous "
+                "image at ground_truth/<class>/<name>_mask.png"
+            )
+        found += images
+    return found
+
+
+def load_backbone(name: str, size: int | None, layers: str | None, resize: Resizing) -> Backbone:
+    """Load a backbone as --backbone, --size, --layers and --resize say."""
+    from dinofast import backbone
+
+    squash = resize is Resizing.squash
+    return backbone.load(name, size=size, layers=blocks(layers), resize="squash" if squash else "edge")
+
+
+def refuse_fit_options(model: str, given: Mapping[str, object]) -> None:
+    """Refuse options of a fit beside a saved detector, as a usage error."""
+    if model.endswith(SAVED) and (unused := [option for option, value in given.items() if value is not None]):
+        raise typer.BadParameter(f"{', '.join(unused)}: {model} is fitted already; give a model by name")
+
+
+def chosen_detector(
+    model: str, backbone: str | None, param: list[str] | None, size: int | None, layers: str | None, seed: int
+) -> Detector:
+    """Load a saved detector, or make one of a model by name, ready for a fit."""
+    from dinofast.detector import Detector
+
+    if model.endswith(SAVED):
+        return Detector.load(model, backbone=backbone)
+    learner = create_model(model, dict(parameter(p) for p in param or []))
+    detector = Detector(load_backbone(backbone or "auto", size, layers, Resizing.edge), learner, seed=seed)
+    check_needs(detector)
+    return detector
+
+
+def check_needs(detector: Detector) -> None:
+    """Say what a model lacks, and which option gives it, before any image is read.
+
+    Raises:
+        InputError: text vectors, class tokens or the threshold of a mask are missing.
+    """
+    model, backbone = detector.model, detector.backbone
+    name, params = model.name, model.params()
+    if not model.is_fitted and "text" in params and params["text"] is None:
+        raise InputError(
+            f"{name} learns with text vectors; make them with `dinofast text TOWER {params['class_name']} "
+            "--out FILE`, and give --param text=FILE"
+        )
+    if model.wants_cls and not backbone.has_cls:
+        without = "match_descriptor" in params
+        remedy = ", or --param match_descriptor=mean_patch, which needs none" if without else ""
+        raise InputError(
+            f"{name} needs class tokens, and {backbone.id} has none; give a DINOv2 or DINOv3 with "
+            f"--backbone, such as dinov2-small{remedy}"
+        )
+    if getattr(model, "masking", False) and getattr(model, "mask_threshold", 0.0) is None:
+        raise InputError(
+            f"{name} needs the threshold of its mask: give --param mask_threshold=VALUE, in the units of the "
+            "backbone's tokens; one is published only for the last block of a DINOv2"
+        )
+
+
+def print_rankings(caption: str, found: Evaluation) -> None:
+    """Print the table of an evaluation, and where its time went.
+
+    Raises:
+        InputError: the images were of one kind only.
+    """
+    rows = [
+        [
+            level,
+            f"{r.auroc:.4f}",
+            f"{r.aupr:.4f}",
+            f"{r.average_precision:.4f}",
+            f"{r.n_anomalous}/{r.n_normal}",
+        ]
+        for level, r in {"image": found.image, "pixel": found.pixel}.items()
+        if r is not None
+    ]
+    if not rows:
+        raise InputError(
+            f"{caption}: {found.n_images} images of one kind only; AUROC needs normal and anomalous ones"
+        )
+    head = ["level", "AUROC", "AUPR", "average precision", "anomalous/normal"]
+    print_table(stdout_console(), f"{found.n_images} images", head, rows)
+    spent = (f"{stage} {1e3 * seconds:.1f} ms" for stage, seconds in found.seconds.items())
+    print(", ".join(spent) + " per image")
 
 
 def print_json(value: object) -> None:

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from dinofast.data import Sample
 from dinofast.errors import InputError
+from dinofast.imaging import digest
 from dinofast.models.base import Model
 from dinofast.types import Features
+
+
+def check_seen(images: Sequence[Sample], seen: Container[bytes], *, wanted: bool) -> None:
+    """Hold images for a calibration to what it needs: with cross-fit those of the fit, else others.
+
+    An image of one color, such as a slice of air, is like many others and counts for neither.
+
+    Args:
+        images: usable ones; each is read.
+        seen: digests of the images of the fit, see `dinofast.imaging.digest`.
+        wanted: whether they must be among these.
+
+    Raises:
+        InputError: some are not as they must be; up to three are named.
+    """
+    wrong = []
+    for sample in images:
+        image = sample.load()
+        blank = (image == image[0, 0]).all()
+        if not blank and (digest(image) in seen) != wanted:
+            wrong.append(sample.source)
+    if not wrong:
+        return
+    shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    if wanted:
+        raise InputError(
+            f"cross_fit needs the images of fit, and these were not among them: {shown}; leave them out, "
+            "or calibrate on images that fit did not see without cross_fit"
+        )
+    raise InputError(
+        f"calibrating on images that fit has seen gives a threshold that is too low: {shown}; give other "
+        "normal images, or the images of fit with cross_fit=5"
+    )
 
 
 def runs_of_neighbors(images: Sequence[Sample], folds: int) -> list[list[Sample]]:

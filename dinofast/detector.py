@@ -14,10 +14,10 @@ from dinofast import artifact, data, models
 from dinofast import backbone as backbones
 from dinofast.backbone import Backbone, saved
 from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
-from dinofast.cross_fit import models_of_the_others, n_passes, runs_of_neighbors
+from dinofast.cross_fit import check_seen, models_of_the_others, n_passes, runs_of_neighbors
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, InputError
-from dinofast.imaging import HASH_BYTES, digest
+from dinofast.imaging import HASH_BYTES
 from dinofast.models.base import Model
 from dinofast.models.iterative import IterativeModel
 from dinofast.stream import Batch, Embedder
@@ -43,6 +43,12 @@ class Detector:
             block alone.
         seed: of everything random in calibration (the bootstrap of a rate's interval).
 
+    A model that is fitted already, by itself or from a published file, is moved to the backbone's device and
+    predicts at once.
+
+    Raises:
+        InputError: the model was fitted on features of another D than the backbone gives.
+
     Attributes:
         thresholds: level ("pixel", "image") -> calibrated `Threshold`; assign to change one.
         n_images: number of images learned; 0 before `fit`.
@@ -65,6 +71,14 @@ class Detector:
     ) -> None:
         self.backbone = backbone if isinstance(backbone, Backbone) else backbones.load(backbone)
         self.model = model if isinstance(model, Model) else models.create(model)
+        if self.model.is_fitted:
+            if self.model.n_channels != self.backbone.dim:
+                raise InputError(
+                    f"this {self.model.name} was fitted on features of D = {self.model.n_channels}, and "
+                    f"{self.backbone.id} with layers {list(self.backbone.layers)} gives D = "
+                    f"{self.backbone.dim}; load the backbone and layers of its fit."
+                )
+            self.model.to(self.backbone.device)
         self.seed = seed
         self.thresholds: dict[str, Threshold] = {}
         self.n_images = 0
@@ -150,27 +164,30 @@ class Detector:
         truth = self.model.learns_from_masks
         if truth and rotate:
             raise InputError(f"rotate turns images without their masks, and {self.model.name} needs them.")
+        if self.model.wants_cls and not self.backbone.has_cls:
+            raise InputError(
+                f"{self.model!r} needs class tokens, and {self.backbone.id} has none; take a DINOv2 or "
+                "DINOv3 backbone, or parameters that do without."
+            )
         good = self.check(data.samples(images), skip_bad=skip_bad, progress=progress)
         held_back = [] if validation is None else self.check(data.samples(validation), progress=progress)
         seen: set[bytes] = set()
         self._embedder.restart()
         start = time.perf_counter()
 
-        def features(listed: Sequence[Sample], rotate: bool, seen: set[bytes] | None) -> Iterator[Features]:
-            stream = self._embedder.batches(
-                listed, "fit", batch_size, progress, rotate=rotate, seen=seen, truth=truth
-            )
+        def features(listed: Sequence[Sample], stage: str, **options: Any) -> Iterator[Features]:
+            stream = self._embedder.batches(listed, stage, batch_size, progress, truth=truth, **options)
             return (batch.features for batch in stream)
 
-        stream = features(good, rotate, seen)
+        stream = features(good, "fit", rotate=rotate, seen=seen)
         if isinstance(self.model, IterativeModel):
-            held = features(held_back, False, None) if held_back else None
+            held = features(held_back, "validation") if held_back else None
             self.model.fit(stream, validation=held, checkpoint=checkpoint, progress=progress)
         else:
             self.model.fit(stream)
         self._embedder.rest("model", start)
         self._seen, self.thresholds = frozenset(seen), {}
-        self.n_images, self.reading, self._rotate = len(good), _reading(good), rotate
+        self.n_images, self.reading, self._rotate = len(good), data.reading(good), rotate
         return self
 
     def predict(
@@ -243,7 +260,7 @@ class Detector:
             )
         pixels, scores = PixelCalibrator(fpr, seed=self.seed), []
         good = self.check(images, skip_bad=skip_bad, progress=progress)
-        self._check_seen(good, wanted=cross_fit is not None)
+        check_seen(good, self._seen, wanted=cross_fit is not None)
         self._embedder.restart()
         if cross_fit is None:
             method = "held-out"
@@ -323,12 +340,10 @@ class Detector:
         if not isinstance(backbone, Backbone):
             backbone = backbones.load(source if backbone is None else backbone, device=device, **asked)
         saved.check_same(path, wanted, backbone.config)
-        if model.n_channels != backbone.dim:
-            raise ArtifactError(
-                f"{path}: its {model.name} has D = {model.n_channels}, and its backbone {backbone.id} gives "
-                f"D = {backbone.dim}; fit again."
-            )
-        detector = cls(backbone, model.to(backbone.device), seed=seed)
+        try:
+            detector = cls(backbone, model, seed=seed)
+        except InputError as error:
+            raise ArtifactError(f"{path}: does not hold together ({error}); fit again.") from error
         detector.thresholds, detector.n_images, detector.reading = thresholds, n_images, reading
         detector._rotate, detector._seen = rotate, frozenset(row.tobytes() for row in hashes.numpy())
         return detector
@@ -336,26 +351,6 @@ class Detector:
     def __repr__(self) -> str:
         state = "fitted" if self.model.is_fitted else "not fitted"
         return f"Detector({self.backbone.id}, {self.model!r}, {state})"
-
-    def _check_seen(self, good: Sequence[Sample], wanted: bool) -> None:
-        wrong = []
-        for sample in good:
-            image = sample.load()
-            blank = (image == image[0, 0]).all()  # a slice of air: the same in every volume
-            if not blank and (digest(image) in self._seen) != wanted:
-                wrong.append(sample.source)
-        if not wrong:
-            return
-        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        if wanted:
-            raise InputError(
-                f"cross_fit needs the images of fit, and these were not among them: {shown}; leave them out, "
-                "or calibrate on images that fit did not see without cross_fit"
-            )
-        raise InputError(
-            f"calibrating on images that fit has seen gives a threshold that is too low: {shown}; give other "
-            "normal images, or the images of fit with cross_fit=5"
-        )
 
     def _predict(self, batches: Iterable[Batch], model: Model) -> Iterator[Prediction]:
         pixel, image = (self.thresholds.get(level) for level in LEVELS)
@@ -395,10 +390,3 @@ class Detector:
 
         for run, others in models_of_the_others(self.model, runs, features):
             yield from self._predict(batches(run, False), others)
-
-
-def _reading(images: Sequence[Sample]) -> dict[str, Any]:
-    """Tell how the volumes among the images were read, where all were read alike."""
-    volumes = (sample.volume.volume for sample in images if sample.volume is not None)
-    found = {(volume.axis, volume.window, volume.percentiles) for volume in volumes}
-    return dict(zip(("axis", "window", "percentiles"), *found, strict=True)) if len(found) == 1 else {}

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from dinofast.console import (
-    blocks,
-    create_model,
-    parameter,
+    chosen_detector,
     print_json,
     print_table,
+    refuse_fit_options,
     shown_progress,
     stdout_console,
 )
@@ -78,27 +75,17 @@ def run(
         BadParameter: options of a fit beside a saved detector.
         InputError: see `dinofast.protocol.run`.
     """
-    from dinofast import backbone as backbones
     from dinofast import data, protocol, scoreboard
-    from dinofast.detector import Detector
 
-    saved = model.endswith(".safetensors")
     given: dict[str, object] = {"--param": param, "--size": size, "--layers": layers, "--shots": shots}
-    given |= {"--save": save, "--checkpoint": checkpoint}
-    if saved and (unused := [option for option, value in given.items() if value is not None]):
-        raise typer.BadParameter(f"{', '.join(unused)}: {model} is fitted already; give a model by name")
+    refuse_fit_options(model, given | {"--save": save, "--checkpoint": checkpoint})
     for path in filter(None, (out, save)):
         check_writable(path)
     other = None if against is None else scoreboard.read(against)
     found = data.bmad.load(dataset, name, mask_rule=masks, labels=labels)
     if other is not None:
         scoreboard.check_comparable(found.name, {"mask_rule": masks, "map_size": map_size}, other)
-    if saved:
-        detector = Detector.load(model, backbone=backbone)
-    else:
-        learner = create_model(model, dict(parameter(p) for p in param or []))
-        network = backbones.load(backbone or "auto", size=size, layers=blocks(layers))
-        detector = Detector(network, learner, seed=seed)
+    detector = chosen_detector(model, backbone, param, size, layers, seed)
     with shown_progress(as_json) as progress:
         report = protocol.run(
             detector,

@@ -13,7 +13,7 @@ from scipy import ndimage
 from sklearn.decomposition import PCA
 
 from dinofast.errors import InputError
-from dinofast.models import create, memory_bank
+from dinofast.models import create, searched
 from dinofast.models.foreground import foreground_mask
 from dinofast.models.memory_bank import MemoryBank
 from dinofast.models.row_store import RowStore
@@ -372,7 +372,7 @@ def test_row_store_crosses_blocks(monkeypatch):
 
 PEAK = """
 import torch
-from dinofast.models import create, memory_bank
+from dinofast.models import create, searched
 from dinofast.ops import providers
 from dinofast.types import Features
 
@@ -408,7 +408,7 @@ def test_fit_does_not_hold_the_bank_twice():
 def test_a_prepared_bank_changes_no_bit(metric, k, monkeypatch):
     references, tokens = features(clustered(4, 36, 36)), features(clustered(2, 20, 20, seed=1))
     model = MemoryBank(n_neighbors=k, metric=metric).fit([references])
-    assert len(model.bank) >= memory_bank.MANY
+    assert len(model.bank) >= searched.MANY
     state = model.state()
     found = model.patch_scores(tokens)
     if providers.no_codes(24):
@@ -419,11 +419,11 @@ def test_a_prepared_bank_changes_no_bit(metric, k, monkeypatch):
     assert torch.equal(model.state()["bank"], state["bank"])
     assert torch.equal(model.patch_scores(tokens), found)
     with monkeypatch.context() as patch:
-        patch.setattr(memory_bank.providers, "no_codes", lambda d: "none here")
+        patch.setattr(searched.providers, "no_codes", lambda d: "none here")
         model._prepared = None
         assert torch.equal(model.patch_scores(tokens), found)
         assert model._prepared is None
-    monkeypatch.setattr(memory_bank, "MANY", 10**9)
+    monkeypatch.setattr(searched, "MANY", 10**9)
     np.testing.assert_allclose(model.patch_scores(tokens), found, rtol=0, atol=1e-6)
 
 

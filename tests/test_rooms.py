@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "imaging": LEAVES,
     "progress": LEAVES,
     "artifact": LEAVES,
-    "ops": {"kernels", "_native", "_cuda", "artifact", "errors"},
+    "ops": {"kernels", "_native", "_cuda", "artifact", "errors", "interop"},
     "testing": {"ops"},
     "metrics": LEAVES,
     "data": LEAVES | {"imaging"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
     "interop": LEAVES,
     "drop_in": LEAVES | {"interop", "models", "ops"},
-    "cross_fit": LEAVES | {"data", "models"},
+    "cross_fit": LEAVES | {"data", "imaging", "models"},
     "detector": LEAVES
     | {"artifact", "backbone", "calibrate", "cross_fit", "data", "imaging", "models", "progress", "stream"},
     "figures": LEAVES,
@@ -42,11 +42,14 @@ MAY_IMPORT = {
     "info": {"errors", "ops"},
     "demo": LEAVES
     | {"backbone", "calibrate", "data", "detector", "evaluate", "figures", "progress", "report"},
-    "console": LEAVES | {"models", "progress"},
-    "protocol_command": LEAVES
-    | {"backbone", "console", "data", "detector", "metrics", "protocol", "published", "scoreboard"},
+    "console": LEAVES | {"backbone", "data", "detector", "evaluate", "models", "progress"},
+    "trial": LEAVES | {"data", "detector", "evaluate", "models", "progress"},
+    "packaged_command": LEAVES | {"console", "data", "trial"},
+    "fit_command": LEAVES | {"backbone", "console", "data", "detector", "models"},
+    "protocol_command": LEAVES | {"console", "data", "metrics", "protocol", "published", "scoreboard"},
     "commands": LEAVES
-    | {"backbone", "console", "data", "demo", "detector", "evaluate", "info", "output", "protocol_command"},
+    | {"backbone", "console", "data", "demo", "detector", "evaluate", "fit_command", "info", "output"}
+    | {"packaged_command", "protocol_command"},
     "cli": {"commands"},
     "kernels": set(),
 }

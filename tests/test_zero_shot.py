@@ -463,7 +463,7 @@ def published(scale: int = 1, seed: int = 0) -> dict[str, dict[str, torch.Tensor
 def test_a_published_checkpoint_scores_as_the_published_code_does(tmp_path) -> None:
     tensors = published()
     torch.save(tensors, tmp_path / "99.pth")
-    model = ZeroShot.from_checkpoint(tmp_path / "99.pth", text(768), "lung")
+    model = ZeroShot.from_published(tmp_path / "99.pth", text(768), "lung")
     assert (model.n_channels, model.n_taps, model.compat) == (4096, 4, "ad-dinov3")
     features = Features(random(1, 3, 3, 4096), random(1, 4096, seed=1), (20, 20))
     weights = {
@@ -486,14 +486,14 @@ def test_text_vectors_come_from_a_file_or_an_object(tmp_path) -> None:
     torch.save(published(32), tmp_path / "99.pth")
     text(24).save(tmp_path / "text")
     features = Features(random(1, 3, 3, 128), random(1, 128, seed=1), (20, 20))
-    first = ZeroShot.from_checkpoint(tmp_path / "99.pth", tmp_path / "text", image_score="max")
-    second = ZeroShot.from_checkpoint(tmp_path / "99.pth", text(24), image_score="max")
+    first = ZeroShot.from_published(tmp_path / "99.pth", tmp_path / "text", image_score="max")
+    second = ZeroShot.from_published(tmp_path / "99.pth", text(24), image_score="max")
     assert torch.equal(first.score(features).score, second.score(features).score)
     assert (first.text, second.text) == (str(tmp_path / "text"), None)
     with pytest.raises(InputError, match=r"99.pth: .*of 24 channels, those of a toy have 25; .*own tower"):
-        ZeroShot.from_checkpoint(tmp_path / "99.pth", text(25))
+        ZeroShot.from_published(tmp_path / "99.pth", text(25))
     with pytest.raises(InputError, match="no text vectors of class 'heart', only of lung, object"):
-        ZeroShot.from_checkpoint(tmp_path / "99.pth", text(24), "heart")
+        ZeroShot.from_published(tmp_path / "99.pth", text(24), "heart")
 
 
 class Code:
@@ -549,7 +549,7 @@ def test_another_checkpoint_is_refused(damage, tmp_path) -> None:
     spoil(tensors)
     torch.save(tensors, tmp_path / "odd.pth")
     with pytest.raises(ArtifactError, match=f"odd.pth: .*{message}"):
-        ZeroShot.from_checkpoint(tmp_path / "odd.pth", text(24))
+        ZeroShot.from_published(tmp_path / "odd.pth", text(24))
 
 
 def test_a_file_that_is_no_checkpoint_at_all(tmp_path) -> None:
@@ -558,16 +558,16 @@ def test_a_file_that_is_no_checkpoint_at_all(tmp_path) -> None:
     for name, cut in (("torn", content[:-100]), ("half", content[: len(content) // 2]), ("empty", b"")):
         (tmp_path / name).write_bytes(cut)
         with pytest.raises(ArtifactError, match=f"{name}: torn, or not a torch file"):
-            ZeroShot.from_checkpoint(tmp_path / name, text(24))
+            ZeroShot.from_published(tmp_path / name, text(24))
     (tmp_path / "words").write_text("not weights at all", encoding="utf-8")
     with pytest.raises(ArtifactError, match="words: torn, or not a torch file"):
-        ZeroShot.from_checkpoint(tmp_path / "words", text(24))
+        ZeroShot.from_published(tmp_path / "words", text(24))
     for path, reason in ((tmp_path / "absent", "no such file"), (tmp_path, "is a folder")):
         with pytest.raises(InputError, match=f"{reason}; give the .pth file"):
-            ZeroShot.from_checkpoint(path, text(24))
+            ZeroShot.from_published(path, text(24))
     torch.save(torch.zeros(3), tmp_path / "tensor")
     with pytest.raises(ArtifactError, match="this holds Tensor"):
-        ZeroShot.from_checkpoint(tmp_path / "tensor", text(24))
+        ZeroShot.from_published(tmp_path / "tensor", text(24))
 
 
 # What is refused
@@ -600,7 +600,7 @@ def nan_cls() -> torch.Tensor:
 
 
 BAD_BATCHES = {
-    "no masks": ({"masks": None}, "a batch came without; set Features.masks, or .*from_checkpoint"),
+    "no masks": ({"masks": None}, "a batch came without; set Features.masks, or .*from_published"),
     "masks of another size": (
         {"masks": torch.zeros(3, 9, 7, dtype=torch.bool)},
         r"masks must be bool \(B, H, W\) = \(3, 7, 9\), the images' size, got torch.bool \(3, 9, 7\)",

@@ -32,6 +32,7 @@ class Backbone(nn.Module):
         dim: channels D of the features.
         layers: tapped blocks.
         taps_last_block: whether these are the network's last block alone.
+        has_cls: whether features come with class tokens.
         compile_mode: mode of torch.compile, None when not compiled.
     """
 
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
         self.license, self.fingerprint = license, fingerprint
         self.kind, self.patch_size, self.dim = network.kind, network.patch_size, network.dim
         self.layers, self.taps_last_block = network.layers, network.taps_last_block
+        self.has_cls = isinstance(network, VisionTransformer)
         self.compile_mode = compile
         self._positions: dict[tuple[int, int], Tensor] = {}
         call = torch.compile(network, fullgraph=True, mode=compile) if compile else network

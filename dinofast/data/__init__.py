@@ -4,7 +4,7 @@ from dinofast.data import bmad, demo
 from dinofast.data.folder import folder
 from dinofast.data.nifti import Volume, volume
 from dinofast.data.sample import Sample, VolumeSlice
-from dinofast.data.sources import check, judged, samples, shots
+from dinofast.data.sources import check, judged, reading, samples, shots
 
 __all__ = [
     "Sample",
@@ -15,6 +15,7 @@ __all__ = [
     "demo",
     "folder",
     "judged",
+    "reading",
     "samples",
     "shots",
     "volume",

@@ -239,3 +239,14 @@ def check(
     for name, reason in bad.items():
         _LOG.warning("skipped %s: %s", name, reason)
     return [s for s in good if s.volume is None or str(s.path) not in bad]
+
+
+def reading(images: Iterable[Sample]) -> dict[str, Any]:
+    """Tell how the volumes among images were read, as arguments of `samples`.
+
+    Returns:
+        axis, window and percentiles; empty without volumes, or when they were not all read alike.
+    """
+    volumes = (sample.volume.volume for sample in images if sample.volume is not None)
+    found = {(volume.axis, volume.window, volume.percentiles) for volume in volumes}
+    return dict(zip(("axis", "window", "percentiles"), *found, strict=True)) if len(found) == 1 else {}

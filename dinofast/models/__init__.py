@@ -1,4 +1,12 @@
-"""Models: features to anomaly maps. Names here, classes in their own files, loaded when first used."""
+"""Models: features to anomaly maps. Names here, classes in their own files, loaded when first used.
+
+- "dpmm", `dinofast.models.dpmm.DPMM`: a Dirichlet-process mixture of normal patches.
+- "memory_bank", `dinofast.models.memory_bank.MemoryBank`: AnomalyDINO, the nearest normal patches.
+- "patchcore", `dinofast.models.patchcore.PatchCore`: the same to a coreset of neighborhood averages.
+- "spatial_ar", `dinofast.models.spatial_ar.SpatialAR`: what a network fails to predict from the context.
+- "support_kmeans", `dinofast.models.support_kmeans.SupportKMeans`: DINO-AD, prototypes of the likest image.
+- "zero_shot", `dinofast.models.zero_shot.ZeroShot`: patches compared with sentences, AD-DINOv3.
+"""
 
 from __future__ import annotations
 

@@ -46,6 +46,11 @@ class Model(ABC):
         """Whether the model needs `Features.intensity`."""
         return False
 
+    @property
+    def wants_cls(self) -> bool:
+        """Whether the model needs `Features.cls`."""
+        return False
+
     @classmethod
     def param_names(cls) -> list[str]:
         """List the constructor's arguments in its order."""
@@ -87,6 +92,30 @@ class Model(ABC):
             InputError: no images at all, NaN or infinite features, D differs, or what the model says.
         """
         self._state = self._learn(checked_stream(features))
+        return self
+
+    @torch.no_grad()
+    def partial_fit(self, features: Features) -> Self:
+        """Learn from one more batch of normal images, as if `fit` had got it behind the others.
+
+        What was learned is copied; many batches go into one `fit` or are merged. A batch must hold as many
+        images and patches as a model of its own needs.
+
+        Args:
+            features: see `fit`.
+
+        Returns:
+            The model itself. When an error is raised, the model is as it was.
+
+        Raises:
+            InputError: see `fit`; D differs from before, or a kind of model that learns all images at once.
+        """
+        if not self.merges:
+            raise InputError(f"a {self.name} cannot learn more images later; fit it on all of them instead.")
+        added = type(self)(**self.params()).fit([features])
+        if self.is_fitted:
+            return self.merge(added)
+        self._state = added.state()
         return self
 
     def patch_scores(self, features: Features) -> Tensor:

@@ -336,7 +336,7 @@ class DPMM(IterativeModel):
             for done, images in enumerate(islice(dealt, start, None), start + 1):
                 mixture, found = step(mixture, train.rows(images), self._rule)
                 total = total + found.double().sum()
-                progress("fit", epoch * steps + done, self.n_epochs * steps)
+                progress("train", epoch * steps + done, self.n_epochs * steps)
                 if done % self.checkpoint_steps == 0 and done < steps:
                     save(epoch, done)
             bound = total / train.n_rows if validation is None else self._validate(mixture, validation)

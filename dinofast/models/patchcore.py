@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d
 
 from dinofast.errors import ArtifactError, InputError
-from dinofast.models.base import Model
 from dinofast.models.coreset import PROJECTIONS, STARTS, k_center
 from dinofast.models.row_store import RowStore
+from dinofast.models.searched import SearchedModel
 from dinofast.ops import knn_topk, upsample_blur
 from dinofast.ops.upsample_blur import MODES
 from dinofast.types import Features, Scores
@@ -43,7 +43,7 @@ COMPAT: dict[str, dict[str, Any]] = {
 """Name -> what that implementation does where an argument is None; the blur's boundary is no argument."""
 
 
-class PatchCore(Model):
+class PatchCore(SearchedModel):
     """Keep a coreset of neighborhood averages of normal patches; score a patch by its distance to them.
 
     A patch stands for its neighborhood: features are averaged over `neighborhood` × `neighborhood` patches.
@@ -82,8 +82,9 @@ class PatchCore(Model):
         seed: of the selection.
 
     Features may be float32, bfloat16 or float16; the bank and all distances are float32. Patch scores are at
-    least 0. The selection depends on the order of the images, not on their batches. Coresets of parts are no
-    coreset of the whole, so models do not merge.
+    least 0. `bank` is the coreset in the order of selection, (M, D), D at most `max_channels`; from 4096 rows
+    on a search on the CPU prepares it, see `SearchedModel`. The selection depends on the order of the images,
+    not on their batches. Coresets of parts are no coreset of the whole, so models do not merge.
 
     Memory: `fit` holds all N normal patches, 4 · N · D bytes, once (on the host first when the features come
     from another device), for a projected selection 4 · N more for each projected channel, and the bank.
@@ -161,15 +162,6 @@ class PatchCore(Model):
         self.seed = seed
 
     @property
-    def bank(self) -> Tensor:
-        """The coreset (M, D), float32, D at most `max_channels`, in the order of selection.
-
-        Raises:
-            InputError: the model is not fitted.
-        """
-        return self.state()["bank"]
-
-    @property
     def n_channels(self) -> int:
         """D of the features that the model was fitted on."""
         return int(self.state()["n_channels"])
@@ -235,8 +227,8 @@ class PatchCore(Model):
 
     def _search(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give patch scores (B, h, w), what was searched for (B, h, w, D), and the nearest rows (B, h, w)."""
-        pooled = self._pool(tensor)
-        distance, index = knn_topk(pooled.flatten(0, 2), self.bank, self.n_neighbors, self._rule("metric"))
+        pooled, metric = self._pool(tensor), self._rule("metric")
+        distance, index = knn_topk(pooled.flatten(0, 2), self._searched(metric), self.n_neighbors, metric)
         grid = tensor.shape[:3]
         return distance.mean(dim=1).view(grid), pooled, index[:, 0].view(grid)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models import raster_checkpoint
 from dinofast.models.feature_store import FeatureStore
+from dinofast.models.image_score import top_percent
 from dinofast.models.iterative import Checkpoint, IterativeModel
 from dinofast.models.raster_net import INITS, LOSSES, TAPS, RasterNet
 from dinofast.models.raster_training import Recipe, Run
@@ -251,9 +252,7 @@ class SpatialAR(IterativeModel):
         return (both.amin(dim=0) if self.direction == "min" else both.mean(dim=0)).clamp_min(0)
 
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
-        flat = patches.flatten(1)
-        top = flat.topk(max(flat.shape[1] // 100, 1), dim=1).values
-        return Scores(top.mean(dim=1), upsample_blur(patches, image_size, sigma=0.0))
+        return Scores(top_percent(patches), upsample_blur(patches, image_size, sigma=0.0))
 
     def _net(self, direction: str, n_channels: int) -> RasterNet:
         widths = (n_channels, *[self.hidden] * (self.n_layers - 1), n_channels)

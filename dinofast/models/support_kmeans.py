@@ -167,6 +167,11 @@ class SupportKMeans(Model):
         return self.foreground in ("intensity", "otsu")
 
     @property
+    def wants_cls(self) -> bool:
+        """Whether images are matched by their class tokens."""
+        return self.match_descriptor == "cls"
+
+    @property
     def masking(self) -> bool:
         """Whether `mask_threshold` is needed."""
         return self.foreground == "pca"

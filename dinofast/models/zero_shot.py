@@ -34,9 +34,11 @@ class ZeroShot(IterativeModel):
     """Score a patch by whether it is more like "a damaged X" than like "a flawless X".
 
     Small adapters bring patch and class tokens of several blocks, and the text vectors of a class, into one
-    space. They are trained once, on images of any industrial set, or loaded as published (`from_checkpoint`);
+    space. They are trained once, on images of any industrial set, or loaded as published (`from_published`);
     then any class that has text vectors is scored without images of its own. `fit` wants normal and abnormal
     images, each batch with `Features.masks`, `cls` and, where it is another than ours, its `class_name`.
+    Features to be scored need at least 2 patches, `cls` unless `image_score` is "max", and `class_name`
+    likewise; patch scores need no `cls`. All scores are in [0, 1].
 
     For each tap, patch tokens are standardized per image and channel, adapted and brought to unit length p;
     class tokens likewise to q, without the standardization. Map: the abnormal channel of softmax(100 p T),
@@ -134,7 +136,7 @@ class ZeroShot(IterativeModel):
         self._matrices: tuple[Mapping[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     @classmethod
-    def from_checkpoint(
+    def from_published(
         cls,
         path: str | os.PathLike[str],
         text: TextVectors | str | os.PathLike[str],
@@ -178,6 +180,11 @@ class ZeroShot(IterativeModel):
         model._require(class_name, vectors.names)
         model.load_state(adapters | _as_state(vectors))
         return model
+
+    @property
+    def wants_cls(self) -> bool:
+        """Whether class tokens are needed; `fit` needs them always."""
+        return not self.is_fitted or self.image_score != "max"
 
     @property
     def n_channels(self) -> int:
@@ -227,43 +234,6 @@ class ZeroShot(IterativeModel):
         model._state, model._matrices = self._state, self._matrices
         return model
 
-    def patch_scores(self, features: Features) -> Tensor:
-        """Score every patch: the abnormal channel of the softmax, without interpolation.
-
-        Class tokens are not needed.
-
-        Returns:
-            (B, h, w), float32, in [0, 1]; higher is more abnormal.
-
-        Raises:
-            InputError: see `Model.patch_scores`; a grid of one patch, or a class without text vectors.
-        """
-        model = self._queried(features)
-        with torch.no_grad():
-            return model._patch_scores(features.tensor)
-
-    @torch.no_grad()
-    def score(self, features: Features) -> Scores:
-        """Score images and their pixels.
-
-        Args:
-            features: tensor (B, h, w, D) of `n_taps` taps, finite, at least 2 patches; cls (B, D), not needed
-                for image_score="max"; class_name where it is another than the model's.
-
-        Returns:
-            Image scores (B,) and maps (B, H, W) at `features.image_size`, float32, in [0, 1]; higher is more
-            abnormal.
-
-        Raises:
-            InputError: see `patch_scores`; no class tokens, of another shape, or NaN or infinite ones.
-        """
-        margin = self._queried(features)._margins(features.tensor)
-        map = maps.upsampled(margin, features.image_size).sigmoid_().mean(dim=0)
-        if self.image_score == "max":
-            return Scores(map.amax(dim=(1, 2)), map)
-        found = self.global_logits(features).softmax(dim=1)[:, 1]
-        return Scores(found if self.image_score == "global" else (found + map.amax(dim=(1, 2))) / 2, map)
-
     @torch.no_grad()
     def global_logits(self, features: Features) -> Tensor:
         """Compare class tokens with the texts: (B, 2), float32, normal and abnormal logit.
@@ -271,8 +241,8 @@ class ZeroShot(IterativeModel):
         Raises:
             InputError: see `score`.
         """
-        matrix = self._queried(features)._matrix()
-        return maps.global_logits(self._adapted_cls(features), matrix)
+        self._check_queries(features)
+        return self._global_logits(features)
 
     @torch.no_grad()
     def awareness_map(self, features: Features) -> Tensor:
@@ -281,19 +251,36 @@ class ZeroShot(IterativeModel):
         Raises:
             InputError: see `score`.
         """
-        self._queried(features)
+        self._check_queries(features)
         q = self._adapted_cls(features)
         found = maps.AWARE_SCALE * maps.compared(self._adapted(features.tensor), q[..., None])
         grid = found.view(self.n_taps, *features.tensor.shape[:3])
         return maps.upsampled(grid, features.image_size).sigmoid_().mean(dim=0)
 
-    def _queried(self, features: Features) -> Self:
-        """Check features to be scored; give the model for their class."""
-        self._check_queries(features)
+    def _check_queries(self, features: Features) -> None:
+        super()._check_queries(features)
         check_grid(features)
+
+    def _scores(self, features: Features) -> Scores:
+        margins = self._of_class(features)._margins(features.tensor)
+        map = maps.upsampled(margins, features.image_size).sigmoid_().mean(dim=0)
+        if self.image_score == "max":
+            return Scores(map.amax(dim=(1, 2)), map)
+        found = self._global_logits(features).softmax(dim=1)[:, 1]
+        return Scores(found if self.image_score == "global" else (found + map.amax(dim=(1, 2))) / 2, map)
+
+    def _batch_scores(self, features: Features) -> Tensor:
+        """Give the abnormal channel of the softmax, without interpolation."""
+        return self._of_class(features)._margins(features.tensor).sigmoid_().mean(dim=0)
+
+    def _of_class(self, features: Features) -> Self:
+        """Give the model for the class of checked features."""
         if features.class_name in (None, self.class_name):
             return self
         return self.for_class(str(features.class_name))
+
+    def _global_logits(self, features: Features) -> Tensor:
+        return maps.global_logits(self._adapted_cls(features), self._of_class(features)._matrix())
 
     def _adapted(self, tensor: Tensor) -> Tensor:
         """Standardize and adapt patch features (B, h, w, D); gives (L, B, N, E)."""
@@ -309,9 +296,6 @@ class ZeroShot(IterativeModel):
         matrix = self._matrix()
         direction = maps.TEXT_SCALE * (matrix[:, 1:] - matrix[:, :1])
         return maps.compared(self._adapted(tensor), direction).view(self.n_taps, *tensor.shape[:3])
-
-    def _patch_scores(self, tensor: Tensor) -> Tensor:
-        return self._margins(tensor).sigmoid_().mean(dim=0)
 
     def _matrix(self) -> Tensor:
         """Give the adapted text matrix (E, 2) of the class, computed once for a state."""

@@ -143,7 +143,7 @@ def check_truth(batch: Features) -> tuple[Tensor, Tensor]:
     if masks is None:
         raise InputError(
             "zero_shot learns from images with masks, normal and abnormal, and a batch came without; set "
-            "Features.masks, or load published adapters with ZeroShot.from_checkpoint instead of fitting."
+            "Features.masks, or load published adapters with ZeroShot.from_published instead of fitting."
         )
     wanted = (len(batch), *batch.image_size)
     if masks.dtype != torch.bool or tuple(masks.shape) != wanted:

@@ -10,7 +10,7 @@ namespace {
 struct Avx512 {
     using Float = __m512;
     using Wide = __m512d;
-    static constexpr int LANES = 16;
+    static constexpr int LANES = 16, DOT_ROWS = 3;
 
     static Float set(float x) { return _mm512_set1_ps(x); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
@@ -60,6 +60,11 @@ struct Avx512 {
         __m128 a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
         _MM_TRANSPOSE4_PS(a, b, c, d);
         _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+    }
+    // The bits of sum_each.
+    static float sum_one(Float x) {
+        const __m128 sum = quarters(x), pairs = _mm_hadd_ps(sum, sum);
+        return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
     static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
         __m512d low = _mm512_setzero_pd(), high = low;

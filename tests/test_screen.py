@@ -38,36 +38,53 @@ def assert_screens_agree(call, rows, columns):
 
 
 def int8_misranks(rows, columns):
-    """Tell for each row whether the codes alone, scaled as in the screen, would name another column."""
+    """Tell for each row whether the codes alone, centered and scaled as in the screen, name a worse column.
+
+    The screen's score is the product of the codes of row - center and column - center, plus center·column or
+    minus half the column's squared distance from the center, which orders unit columns the same.
+    """
+    k = len(columns)
+    center = columns[[k * s // min(k, 16) for s in range(min(k, 16))]].double().mean(0)
 
     def codes(x):
-        scale = x.abs().amax(1, keepdim=True) / 127
-        return (x / scale).round() * scale
+        gap = x.double() - center
+        scale = gap.abs().amax(1, keepdim=True) / 127
+        return (gap / scale).round() * scale
 
-    return (codes(rows) @ codes(columns).T).argmax(1) != (rows @ columns.T).argmax(1)
+    gap = columns.double() - center
+    score = codes(rows) @ codes(columns).T - gap.square().sum(1) / 2
+    true = (rows.double()[:, None] - columns.double()).square().sum(2)
+    return true.gather(1, score.argmax(1, keepdim=True))[:, 0] > true.amin(1) + 1e-6
 
 
 def near_ties(d, k, seed):
     """Draw columns that differ by less than half a step of their codes, and rows among them.
 
-    One large channel makes the step coarse, and the differences stand in the other channels.
+    One large channel, of either sign so that the center does not take it away, makes the step coarse; the
+    differences stand in the other channels.
     """
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(d, generator=generator, dtype=torch.float64)
-    base[0] = 40
-    columns = base + 0.02 * torch.randn(k, d, generator=generator, dtype=torch.float64)
-    rows = base + 0.02 * torch.randn(64, d, generator=generator, dtype=torch.float64)
-    rows[:, 0] = 30
+    columns = base + 0.05 * torch.randn(k, d, generator=generator, dtype=torch.float64)
+    columns[:, 0] = 40 * (-1) ** torch.arange(k)
+    columns[:, 1:] *= 0.98 + 0.02 * torch.rand(k, 1, generator=generator, dtype=torch.float64)
+    rows = base + 0.05 * torch.randn(64, d, generator=generator, dtype=torch.float64)
+    rows[:, 0] = 30 * (-1) ** torch.arange(64)
     return rows.float(), columns.float()
 
 
 @needs_int8
 @pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
-@pytest.mark.parametrize(("d", "k"), [(33, 5), (64, 150), (130, 700), (384, 150), (384, 1100)])
+@pytest.mark.parametrize(("d", "k"), [(33, 20), (64, 150), (130, 700), (384, 150), (384, 1100)])
 def test_columns_that_int8_ranks_wrongly(call, d, k):
     rows, columns = near_ties(d, k, d + k)
-    spread = columns * torch.linspace(0.5, 2, k)[:, None] if call is ops.cosine_max else columns
-    assert bool(int8_misranks(rows, torch.nn.functional.normalize(spread)).any())
+    spread = columns
+    if call is ops.cosine_max:
+        unit = torch.nn.functional.normalize
+        spread = columns * torch.linspace(0.5, 2, k)[:, None]
+        assert bool(int8_misranks(unit(rows), unit(spread)).any())
+    else:
+        assert bool(int8_misranks(rows, columns).any())
     found = assert_screens_agree(call, rows, spread)
     wide, true = rows.double(), spread.double()
     if call is ops.cosine_max:

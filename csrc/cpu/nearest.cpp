@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t GROUP = 512;                   // columns scanned at once: their scores fit the L1
 constexpr int64_t PART = 1 << 18;                // floats of rows decided before `then` takes them
 constexpr int64_t FEW = 6;                       // pairs in which one decision costs no more than a screen gains
+constexpr int LOSSES = 2;                        // in a row, after which a screen is left
 constexpr int64_t LEAST_D = 32;                  // channels below which int8 gains nothing
 
 int64_t group_columns(int64_t d, int64_t panel) {
@@ -148,30 +149,40 @@ void Nearest::run(float* value, int64_t* index, const std::function<void(int64_t
 
 // The tiles from begin to end against the block.
 void Nearest::decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index) {
-    const Screen screen = screen_;
-    if (screen == Screen::float32 && !floats_) {
-#pragma omp critical(dinofast_nearest)
-        if (!floats_) {
-            for (int64_t c = 0; c < count_; c += PANEL) pack_floats(c, mine.buffer.get());
-            floats_ = true;
-        }
-    }
-    int64_t found = 0;
     for (int64_t first = begin; first < end; first += slots_) {
+        const Screen screen = screen_;
+        if (screen == Screen::float32 && !floats_) {
+#pragma omp critical(dinofast_nearest)
+            if (!floats_) {
+                for (int64_t c = 0; c < count_; c += PANEL) pack_floats(c, mine.buffer.get());
+                floats_ = true;
+            }
+        }
         const int64_t tiles = std::min(slots_, end - first);
         for (int64_t slot = 0; slot < tiles; ++slot) {
             prepare_tile(first + slot, slot, screen, mine, value, index);
         }
+        int64_t found = 0;
         for (int64_t c = 0; c < count_; c += group_) {
             for (int64_t slot = 0; slot < tiles; ++slot) {
                 found += decide_tile(first + slot, slot, c, std::min(group_, count_ - c), screen, mine, value,
                                      index);
             }
         }
+        if (screen != Screen::none) judge(screen, tiles * height_, found);
     }
-    const int64_t rows = (end - begin) * height_;
-    const bool pays = screen == Screen::none || (found - rows) * FEW <= rows * count_;
-    if (!pays) screen_ = screen == Screen::int8 || what_ != Value::cosine ? Screen::float32 : Screen::none;
+}
+
+// Leave a screen that let too many pairs through, again and again.
+void Nearest::judge(Screen screen, int64_t rows, int64_t found) {
+    const int64_t wasted = found - rows, pairs = rows * count_;
+    if (wasted * FEW <= pairs) {
+        losses_ = 0;
+    } else if (++losses_ >= LOSSES) {
+        const bool hopeless = screen == Screen::float32 || wasted * 2 > pairs;
+        screen_ = what_ == Value::cosine && hopeless ? Screen::none : Screen::float32;
+        losses_ = 0;
+    }
 }
 
 void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value, int64_t* index) {
@@ -247,7 +258,7 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     const int64_t first = slot * height_;
     const bool int8 = screen == Screen::int8;
     if (screen == Screen::none) {
-        decide_all(t, slot, c, count, mine, value, index);
+        decide_all(t, slot, 0, height_, c, count, mine, value, index);
         return 0;
     }
     if (int8) {
@@ -278,6 +289,11 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         const int64_t found = tile_.lines.select(
             score, count, limit, base + by_rest * most_rest + by_norm * most_norm + most_own, list);
         if (found == 0) continue;
+        if (what_ == Value::cosine && found > 4 && found * 3 > count) {
+            decide_all(t, slot, r, 1, c, count, mine, value, index);
+            decided += found;
+            continue;
+        }
         const auto decide = [&](int64_t j) {
             const float* const y = column(c + j);
             const float own = what_ == Value::cosine
@@ -302,16 +318,17 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     return decided;
 }
 
-// Every pair of the tile, without a screen; cosines only.
-void Nearest::decide_all(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,
-                         int64_t* index) const {
+// Every pair of `rows` rows of the tile from row `begin` on; cosines only.
+void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
+                         Scratch& mine, float* value, int64_t* index) const {
     const int64_t first = slot * height_;
     for (int64_t j = 0; j < count; j += 4) {
         const float* four[4];
         for (int64_t i = 0; i < 4; ++i) four[i] = column(c + std::min(j + i, count - 1));
-        tile_.lines.dots(mine.x.get() + first, height_, four, d_, mine.scores.get() + j, group_);
+        tile_.lines.dots(mine.x.get() + first + begin, rows, four, d_, mine.scores.get() + begin * group_ + j,
+                         group_);
     }
-    for (int64_t r = 0; r < height_; ++r) {
+    for (int64_t r = begin; r < begin + rows; ++r) {
         const int64_t i = t * height_ + r;
         if (!mine.open[first + r]) continue;
         float* const score = mine.scores.get() + r * group_;

@@ -55,8 +55,9 @@ class Nearest {
                      int64_t* index);
     int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                         float* value, int64_t* index) const;
-    void decide_all(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,
-                    int64_t* index) const;
+    void decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
+                    Scratch& mine, float* value, int64_t* index) const;
+    void judge(Screen screen, int64_t rows, int64_t found);
     void offer(float own, int64_t number, float& value, int64_t& index) const;
     const float* read(int64_t j) const;
     const float* column(int64_t c) const { return read(number_[c]); }
@@ -74,6 +75,7 @@ class Nearest {
     const float gamma_;
     const int threads_;
     std::atomic<Screen> screen_;
+    std::atomic<int> losses_{0};
     std::atomic<bool> broken_{false}, floats_{false};
     int64_t start_ = 0, read_ = 0, count_ = 0;  // the columns that are read, and the distinct ones of them
 

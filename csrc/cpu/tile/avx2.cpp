@@ -14,6 +14,7 @@ struct Avx2 {
 
     static Float set(float x) { return _mm256_set1_ps(x); }
     static Float load(const float* p) { return _mm256_loadu_ps(p); }
+    static void hold(Float&) {}
     static Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm256_fmadd_ps(x, y, sum); }
     // y where x is NaN.

@@ -57,7 +57,8 @@ template <class V, int ROWS>
         for (int r = 0; r < ROWS; ++r) left[r] = V::load(x[r] + k);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            const auto right = V::load(y[i] + k);
+            auto right = V::load(y[i] + k);
+            V::hold(right);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) sum[r][i] = V::multiply_add(left[r], right, sum[r][i]);
         }

@@ -171,3 +171,51 @@ def test_kmeans_step_on_every_instruction_set(name):
         centers[900] = centers[37]
         rows[:3] = centers[[900, 1099, 37]]
         assert_kernel(op, kernel, (rows, centers))
+
+
+@needs_int8
+@pytest.mark.parametrize("step", [0.0, 1e-7, 1e-4])
+def test_nearly_equal_columns_have_the_same_bits_for_any_screen_and_threads(restored_threads, step):
+    generator = torch.Generator().manual_seed(1)
+    rows, base = torch.randn(300, 130, generator=generator), torch.randn(1, 130, generator=generator)
+    columns = base + step * torch.randn(90, 130, generator=generator)
+    columns[[7, 50]] = columns[3].clone()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(assert_screens_agree(ops.cosine_max, rows, columns))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    cosine = torch.nn.functional.normalize(rows.double()) @ torch.nn.functional.normalize(columns.double()).T
+    similarity, index = found[0]
+    torch.testing.assert_close(similarity.double(), cosine.amax(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(cosine.gather(1, index[:, None])[:, 0], cosine.amax(1), rtol=0, atol=1e-6)
+    assert not bool(((index == 7) | (index == 50)).any())
+    if step == 0:
+        assert not bool(index.any())
+
+
+@pytest.mark.parametrize("name", native.available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "k"), [(33, 1), (384, 2), (100, 15), (64, 16), (64, 17)])
+def test_few_columns_of_any_scale(name, dtype, d, k):
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randn(50, d, generator=generator) * 10.0 ** torch.linspace(-36, 36, 50)[:, None]
+    columns = torch.randn(k, d, generator=generator) * 10.0 ** torch.linspace(-30, 30, k)[:, None]
+    rows[3], rows[4, d - 1], rows[5, 0] = 0, torch.nan, torch.inf
+    rows[6] = columns[k - 1] = columns[0].clone()
+    rows, columns = rows.to(dtype), columns.to(dtype)
+    with isa(name):
+        similarity, index = ops.cosine_max(rows, columns)
+    unit = torch.nn.functional.normalize
+    cosine = unit(rows.double(), eps=1e-300) @ unit(columns.double(), eps=1e-300).T
+    cosine[4:6] = torch.nan
+    torch.testing.assert_close(similarity.double(), cosine.amax(1), rtol=0, atol=1e-6, equal_nan=True)
+    assert index[3:7].tolist() == [0, 0, 0, 0]
+    whole = ~cosine[:, 0].isnan()
+    named = cosine.gather(1, index[:, None])[whole, 0]
+    torch.testing.assert_close(named, cosine[whole].amax(1), rtol=0, atol=1e-6)
+    columns[k // 2, 0] = torch.nan
+    with isa(name):
+        similarity, index = ops.cosine_max(rows, columns)
+    assert bool(similarity.isnan().all())
+    assert not bool(index.any())

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "memory.h"
+#include "threads.h"
 
 namespace dinofast {
 namespace {
@@ -94,13 +95,11 @@ void few_cosines(const Tile& tile, const Rows& rows, const Rows& columns, float*
         return;
     }
     if (n * rows.d <= SMALL) threads = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const Array<float> buffer = allocate<float>((ROWS + 1) * padded);
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < n; first += ROWS) {
-            few.decide(first, std::min(ROWS, n - first), buffer.get(), value, index);
-        }
+    const int64_t size = round_up((ROWS + 1) * padded, 16);
+    const Array<float> buffers = allocate<float>(size * threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < n; first += ROWS) {
+        few.decide(first, std::min(ROWS, n - first), buffers.get() + size * thread_number(), value, index);
     }
 }
 

@@ -38,36 +38,53 @@ def assert_screens_agree(call, rows, columns):
 
 
 def int8_misranks(rows, columns):
-    """Tell for each row whether the codes alone, scaled as in the screen, would name another column."""
+    """Tell for each row whether the codes alone, centered and scaled as in the screen, name a worse column.
+
+    The screen's score is the product of the codes of row - center and column - center, plus center·column or
+    minus half the column's squared distance from the center, which orders unit columns the same.
+    """
+    k = len(columns)
+    center = columns[[k * s // min(k, 16) for s in range(min(k, 16))]].double().mean(0)
 
     def codes(x):
-        scale = x.abs().amax(1, keepdim=True) / 127
-        return (x / scale).round() * scale
+        gap = x.double() - center
+        scale = gap.abs().amax(1, keepdim=True) / 127
+        return (gap / scale).round() * scale
 
-    return (codes(rows) @ codes(columns).T).argmax(1) != (rows @ columns.T).argmax(1)
+    gap = columns.double() - center
+    score = codes(rows) @ codes(columns).T - gap.square().sum(1) / 2
+    true = (rows.double()[:, None] - columns.double()).square().sum(2)
+    return true.gather(1, score.argmax(1, keepdim=True))[:, 0] > true.amin(1) + 1e-6
 
 
 def near_ties(d, k, seed):
     """Draw columns that differ by less than half a step of their codes, and rows among them.
 
-    One large channel makes the step coarse, and the differences stand in the other channels.
+    One large channel, of either sign so that the center does not take it away, makes the step coarse; the
+    differences stand in the other channels.
     """
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(d, generator=generator, dtype=torch.float64)
-    base[0] = 40
-    columns = base + 0.02 * torch.randn(k, d, generator=generator, dtype=torch.float64)
-    rows = base + 0.02 * torch.randn(64, d, generator=generator, dtype=torch.float64)
-    rows[:, 0] = 30
+    columns = base + 0.05 * torch.randn(k, d, generator=generator, dtype=torch.float64)
+    columns[:, 0] = 40 * (-1) ** torch.arange(k)
+    columns[:, 1:] *= 0.98 + 0.02 * torch.rand(k, 1, generator=generator, dtype=torch.float64)
+    rows = base + 0.05 * torch.randn(64, d, generator=generator, dtype=torch.float64)
+    rows[:, 0] = 30 * (-1) ** torch.arange(64)
     return rows.float(), columns.float()
 
 
 @needs_int8
 @pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
-@pytest.mark.parametrize(("d", "k"), [(33, 5), (64, 150), (130, 700), (384, 150), (384, 1100)])
+@pytest.mark.parametrize(("d", "k"), [(33, 20), (64, 150), (130, 700), (384, 150), (384, 1100)])
 def test_columns_that_int8_ranks_wrongly(call, d, k):
     rows, columns = near_ties(d, k, d + k)
-    spread = columns * torch.linspace(0.5, 2, k)[:, None] if call is ops.cosine_max else columns
-    assert bool(int8_misranks(rows, torch.nn.functional.normalize(spread)).any())
+    spread = columns
+    if call is ops.cosine_max:
+        unit = torch.nn.functional.normalize
+        spread = columns * torch.linspace(0.5, 2, k)[:, None]
+        assert bool(int8_misranks(unit(rows), unit(spread)).any())
+    else:
+        assert bool(int8_misranks(rows, columns).any())
     found = assert_screens_agree(call, rows, spread)
     wide, true = rows.double(), spread.double()
     if call is ops.cosine_max:
@@ -154,3 +171,51 @@ def test_kmeans_step_on_every_instruction_set(name):
         centers[900] = centers[37]
         rows[:3] = centers[[900, 1099, 37]]
         assert_kernel(op, kernel, (rows, centers))
+
+
+@needs_int8
+@pytest.mark.parametrize("step", [0.0, 1e-7, 1e-4])
+def test_nearly_equal_columns_have_the_same_bits_for_any_screen_and_threads(restored_threads, step):
+    generator = torch.Generator().manual_seed(1)
+    rows, base = torch.randn(300, 130, generator=generator), torch.randn(1, 130, generator=generator)
+    columns = base + step * torch.randn(90, 130, generator=generator)
+    columns[[7, 50]] = columns[3].clone()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(assert_screens_agree(ops.cosine_max, rows, columns))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    cosine = torch.nn.functional.normalize(rows.double()) @ torch.nn.functional.normalize(columns.double()).T
+    similarity, index = found[0]
+    torch.testing.assert_close(similarity.double(), cosine.amax(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(cosine.gather(1, index[:, None])[:, 0], cosine.amax(1), rtol=0, atol=1e-6)
+    assert not bool(((index == 7) | (index == 50)).any())
+    if step == 0:
+        assert not bool(index.any())
+
+
+@pytest.mark.parametrize("name", native.available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "k"), [(33, 1), (384, 2), (100, 15), (64, 16), (64, 17)])
+def test_few_columns_of_any_scale(name, dtype, d, k):
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randn(50, d, generator=generator) * 10.0 ** torch.linspace(-36, 36, 50)[:, None]
+    columns = torch.randn(k, d, generator=generator) * 10.0 ** torch.linspace(-30, 30, k)[:, None]
+    rows[3], rows[4, d - 1], rows[5, 0] = 0, torch.nan, torch.inf
+    rows[6] = columns[k - 1] = columns[0].clone()
+    rows, columns = rows.to(dtype), columns.to(dtype)
+    with isa(name):
+        similarity, index = ops.cosine_max(rows, columns)
+    unit = torch.nn.functional.normalize
+    cosine = unit(rows.double(), eps=1e-300) @ unit(columns.double(), eps=1e-300).T
+    cosine[4:6] = torch.nan
+    torch.testing.assert_close(similarity.double(), cosine.amax(1), rtol=0, atol=1e-6, equal_nan=True)
+    assert index[3:7].tolist() == [0, 0, 0, 0]
+    whole = ~cosine[:, 0].isnan()
+    named = cosine.gather(1, index[:, None])[whole, 0]
+    torch.testing.assert_close(named, cosine[whole].amax(1), rtol=0, atol=1e-6)
+    columns[k // 2, 0] = torch.nan
+    with isa(name):
+        similarity, index = ops.cosine_max(rows, columns)
+    assert bool(similarity.isnan().all())
+    assert not bool(index.any())

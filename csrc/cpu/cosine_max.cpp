@@ -2,12 +2,17 @@
 
 #include <algorithm>
 
+#include "few_cosines.h"
 #include "nearest.h"
 
 namespace dinofast {
 
 void cosine_max(const Tile& tile, const Int8Tile& int8, const Rows& features, const Rows& prototypes,
                 float* similarity, int64_t* index, int threads) {
+    if (prototypes.count <= FEW_COSINES) {
+        few_cosines(tile, features, prototypes, similarity, index, threads);
+        return;
+    }
     Nearest(tile, int8, Value::cosine, features, prototypes, threads).run(similarity, index);
     std::replace(index, index + features.count, int64_t{-1}, int64_t{0});
 }

@@ -12,15 +12,14 @@
 namespace dinofast {
 namespace {
 
-constexpr int64_t PANEL = Int8Tile::COLUMNS;     // columns prepared at once: whole panels of every tile
 constexpr int64_t GROUP = 512;                   // columns scanned at once: their scores fit the L1
 constexpr int64_t PART = 1 << 18;                // floats of rows decided before `then` takes them
-constexpr int64_t SAMPLE = 16;                   // columns whose mean is the center
-constexpr float HUGE_NORM = 1e15f;               // scores of longer rows might overflow
+constexpr int64_t FEW = 6;                       // pairs in which one decision costs no more than a screen gains
+constexpr int LOSSES = 2;                        // in a row, after which a screen is left
 constexpr int64_t LEAST_D = 32;                  // channels below which int8 gains nothing
 
-int64_t group_columns(int64_t d) {
-    return std::clamp(PRIVATE / d / PANEL * PANEL, PANEL, GROUP);
+int64_t group_columns(int64_t d, int64_t panel) {
+    return std::clamp(PRIVATE / d / panel * panel, panel, GROUP);
 }
 
 }  // namespace
@@ -38,7 +37,7 @@ Nearest::Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows&
       quads_(quads(rows.d)),
       code_size_(round_up(rows.d, Int8Tile::RUN)),
       block_(std::min(round_up(columns.count, PANEL), std::max(SHARED / rows.d / PANEL, int64_t{1}) * PANEL)),
-      group_(std::min(block_, group_columns(rows.d))),
+      group_(std::min(block_, group_columns(rows.d, PANEL))),
       slots_(group_ < block_ ? TILES : 1),
       gamma_(product_error(rows.d)),
 #ifdef _OPENMP
@@ -46,10 +45,15 @@ Nearest::Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows&
 #else
       threads_(1),
 #endif
-      int8_pays_(int8.products != nullptr && tile.rows == Int8Tile::ROWS && d_ >= LEAST_D &&
-                 d_ <= Int8Tile::MAX_D),
+      screen_(int8.products != nullptr && tile.rows == Int8Tile::ROWS && d_ >= LEAST_D &&
+                      d_ <= Int8Tile::MAX_D
+                  ? Screen::int8
+                  : Screen::float32),
       zero_(allocate<float>(padded_)),
       center_(allocate<float>(padded_)),
+      probe_(allocate<float>(padded_)),
+      key_(allocate<float>(block_)),
+      number_(allocate<int32_t>(block_)),
       panels_(allocate<float>(block_ * d_)),
       plain_bias_(allocate<float>(block_)),
       column_scale_(allocate<float>(block_)),
@@ -69,7 +73,7 @@ Nearest::Scratch Nearest::scratch() const {
     const int64_t rows = slots_ * height_;
     return {allocate<float>(rows * padded_),
             allocate<float>(rows * padded_),
-            allocate<float>(std::max<int64_t>(PANEL * padded_, 2 * d_)),
+            allocate<float>(PANEL * padded_),
             allocate<float>(height_ * group_),
             allocate<float>(rows),
             allocate<float>(rows),
@@ -81,28 +85,6 @@ Nearest::Scratch Nearest::scratch() const {
             allocate<int32_t>(rows),
             allocate<int32_t>(group_),
             allocate<bool>(rows)};
-}
-
-// Any center is right; near the mean, what is quantized is short.
-void Nearest::find_center() {
-    const int64_t count = std::min(columns_.count, SAMPLE);
-    const Array<float> row = allocate<float>(2 * d_);
-    std::vector<double> sum(static_cast<size_t>(d_));
-    int64_t whole = 0;
-    for (int64_t s = 0; s < count; ++s) {
-        const float* x = columns_.get(columns_.count * s / count, row.get() + d_);
-        if (what_ == Value::cosine) {
-            if (!tile_.normalize(x, d_, row.get(), DEPTH)) continue;
-            x = row.get();
-        }
-        for (int64_t k = 0; k < d_; ++k) sum[static_cast<size_t>(k)] += x[k];
-        ++whole;
-    }
-    std::fill(center_.get(), center_.get() + padded_, 0.0f);
-    for (int64_t k = 0; k < d_ && whole > 0; ++k) {
-        center_[k] = static_cast<float>(sum[static_cast<size_t>(k)] / static_cast<double>(whole));
-    }
-    center_square_ = static_cast<float>(tile_.lines.sq_distance(center_.get(), zero_.get(), d_));
 }
 
 void Nearest::run(float* value, int64_t* index, const std::function<void(int64_t, int64_t)>& then) {
@@ -127,12 +109,23 @@ void Nearest::run(float* value, int64_t* index, const std::function<void(int64_t
 #pragma omp single
                     {
                         start_ = start;
-                        count_ = std::min(block_, k - start);
-                        floats_ = !int8_pays_;
+                        read_ = std::min(block_, k - start);
+                        floats_ = screen_ == Screen::float32;
+                    }
+                    for (int64_t c; (c = next_panel.fetch_add(PANEL)) < read_;) {
+                        for (int64_t j = c; j < std::min(c + PANEL, read_); ++j) {
+                            if (!read_column(j, mine)) broken_ = true;
+                        }
+                    }
+#pragma omp barrier
+                    if (broken_) break;  // no thread reads again before all have read this
+#pragma omp single
+                    {
+                        keep_distinct();
+                        next_panel = 0;
                     }
                     for (int64_t c; (c = next_panel.fetch_add(PANEL)) < count_;) prepare_panel(c, mine);
 #pragma omp barrier
-                    if (broken_) break;  // no thread prepares again before all have read this
                 }
                 for (int64_t begin, end; take(next_tile, tiles, threads_, begin, end);) {
                     decide(offset + begin, offset + end, mine, value, index);
@@ -154,126 +147,58 @@ void Nearest::run(float* value, int64_t* index, const std::function<void(int64_t
     }
 }
 
-// Columns c to c + PANEL of the block.
-void Nearest::prepare_panel(int64_t c, Scratch& mine) {
-    std::memset(column_codes_.get() + c * quads_ * 4, 128, static_cast<size_t>(PANEL * quads_ * 4));
-    for (int64_t j = c; j < c + PANEL; ++j) {
-        column_scale_[j] = column_rest_[j] = column_norm_[j] = own_[j] = 0;
-        bias_[j] = plain_bias_[j] = -INFINITY;
-        if (j < count_) {
-            if (!prepare_column(j, mine)) broken_ = true;
-        } else if (what_ == Value::cosine) {
-            std::fill(units_.get() + j * padded_, units_.get() + (j + 1) * padded_, 0.0f);
-        }
-    }
-    const auto most = [c](const Array<float>& of) {
-        return *std::max_element(of.get() + c, of.get() + c + PANEL);
-    };
-    panel_rest_[c / PANEL] = most(column_rest_);
-    panel_norm_[c / PANEL] = most(column_norm_);
-    panel_own_[c / PANEL] = most(own_);
-    if (floats_) pack_floats(c, mine.buffer.get());
-}
-
-// False when the column holds NaN or inf.
-bool Nearest::prepare_column(int64_t c, Scratch& mine) {
-    const Lines& lines = tile_.lines;
-    const float* y = columns_.get(start_ + c, mine.buffer.get());
-    if (what_ == Value::cosine) {
-        float* const unit = units_.get() + c * padded_;
-        if (!tile_.normalize(y, d_, unit, DEPTH)) return false;
-        std::fill(unit + d_, unit + padded_, 0.0f);
-        y = unit;
-        plain_bias_[c] = 0;
-        bias_[c] = lines.dot(center_.get(), y, d_);
-        own_[c] = 4 * gamma_;  // of bias, decision and sum
-    } else if (!std::isfinite(lines.sq_distance(y, zero_.get(), d_))) {
-        return false;
-    }
-    const double square = lines.sq_distance(y, center_.get(), d_);
-    column_norm_[c] = static_cast<float>((1 + gamma_) * std::sqrt(square));
-    if (what_ == Value::sq_distance) {
-        plain_bias_[c] = bias_[c] = static_cast<float>(-square / 2);
-        own_[c] = gamma_ * static_cast<float>(square) + TINY;
-    }
-    if (!(column_norm_[c] < HUGE_NORM)) {
-        own_[c] = INFINITY;
-        bias_[c] = plain_bias_[c] = 0;
-    }
-    if (!int8_pays_) return true;
-    int8_t* const codes = mine.code_buffer.get();
-    const Quantized found = int8_.quantize(y, center_.get(), d_, codes, Int8Tile::RUN);
-    column_scale_[c] = found.scale;
-    column_rest_[c] = found.rest + gamma_ * (found.rest + column_norm_[c]);
-    uint8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;
-    for (int64_t quad = 0; quad < quads_; ++quad) {
-        uint32_t four;
-        std::memcpy(&four, codes + 4 * quad, 4);
-        four ^= 0x80808080u;  // counted from -128
-        std::memcpy(out + quad * PANEL * 4, &four, 4);
-    }
-    return true;
-}
-
-// Columns c to c + PANEL of the block for the float32 tile; of squared distances less the center.
-void Nearest::pack_floats(int64_t c, float* buffer) {
-    for (int64_t j = c; j < c + PANEL; j += tile_.columns) {
-        const float* from = units_.get() + j * padded_;
-        if (what_ == Value::sq_distance) {
-            std::fill(buffer, buffer + tile_.columns * padded_, 0.0f);
-            for (int64_t i = j; i < std::min(j + tile_.columns, count_); ++i) {
-                subtract(column(i), center_.get(), d_, buffer + (i - j) * padded_);
-            }
-            from = buffer;
-        }
-        interleave(tile_, from, d_, panels_.get() + j * d_);
-    }
-}
-
-const float* Nearest::column(int64_t c) const {
-    return what_ == Value::cosine ? units_.get() + c * padded_ : columns_.get(start_ + c, nullptr);
-}
-
 // The tiles from begin to end against the block.
 void Nearest::decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index) {
-    const bool int8 = int8_pays_;
-    if (!int8 && !floats_) {
-#pragma omp critical(dinofast_nearest)
-        if (!floats_) {
-            for (int64_t c = 0; c < count_; c += PANEL) pack_floats(c, mine.buffer.get());
-            floats_ = true;
-        }
-    }
-    int64_t found = 0;
     for (int64_t first = begin; first < end; first += slots_) {
+        const Screen screen = screen_;
+        if (screen == Screen::float32 && !floats_) {
+#pragma omp critical(dinofast_nearest)
+            if (!floats_) {
+                for (int64_t c = 0; c < count_; c += PANEL) pack_floats(c, mine.buffer.get());
+                floats_ = true;
+            }
+        }
         const int64_t tiles = std::min(slots_, end - first);
         for (int64_t slot = 0; slot < tiles; ++slot) {
-            prepare_tile(first + slot, slot, int8, mine, value, index);
+            prepare_tile(first + slot, slot, screen, mine, value, index);
         }
+        int64_t found = 0;
         for (int64_t c = 0; c < count_; c += group_) {
             for (int64_t slot = 0; slot < tiles; ++slot) {
-                found += decide_tile(first + slot, slot, c, std::min(group_, count_ - c), int8, mine, value,
+                found += decide_tile(first + slot, slot, c, std::min(group_, count_ - c), screen, mine, value,
                                      index);
             }
         }
+        if (screen != Screen::none) judge(screen, tiles * height_, found);
     }
-    const int64_t rows = (end - begin) * height_;
-    if (int8 && (found - rows) * 3 > rows * round_up(count_, PANEL)) int8_pays_ = false;
 }
 
-void Nearest::prepare_tile(int64_t t, int64_t slot, bool int8, Scratch& mine, float* value, int64_t* index) {
+// Leave a screen that let too many pairs through, again and again.
+void Nearest::judge(Screen screen, int64_t rows, int64_t found) {
+    const int64_t wasted = found - rows, pairs = rows * count_;
+    if (wasted * FEW <= pairs) {
+        losses_ = 0;
+    } else if (++losses_ >= LOSSES) {
+        const bool hopeless = screen == Screen::float32 || wasted * 2 > pairs;
+        screen_ = what_ == Value::cosine && hopeless ? Screen::none : Screen::float32;
+        losses_ = 0;
+    }
+}
+
+void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value, int64_t* index) {
     for (int64_t r = 0; r < height_; ++r) {
         const int64_t at = slot * height_ + r, i = t * height_ + r;
         mine.open[at] = false;
         mine.scale[at] = 0;
         mine.sum[at] = 0;
         mine.offset[at] = 0;
+        mine.x[at] = zero_.get();
         if (i + height_ < rows_.count) rows_.prefetch(i + height_);
-        if (i < rows_.count) prepare_row(i, slot, r, int8, mine, value, index);
+        if (i < rows_.count) prepare_row(i, slot, r, screen, mine, value, index);
     }
 }
 
-void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch& mine, float* value,
+void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
                          int64_t* index) {
     const int64_t at = slot * height_ + r;
     float* const own = mine.rows.get() + at * padded_;
@@ -288,7 +213,7 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch
             return;
         }
     }
-    if (whole && int8) {
+    if (whole && screen == Screen::int8) {
         int8_t* const codes = mine.codes.get() + slot * height_ * code_size_ + r * Int8Tile::RUN;
         const Quantized found = int8_.quantize(x, center_.get(), d_, codes, height_ * Int8Tile::RUN);
         mine.scale[at] = found.scale;
@@ -315,7 +240,7 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch
     }
     mine.open[at] = true;
     mine.x[at] = x;
-    if (int8) return;
+    if (screen != Screen::float32) return;
     float* out = mine.tiles.get() + slot * height_ * padded_ + r * DEPTH;
     for (int64_t run = 0; run < d_; run += DEPTH, out += height_ * DEPTH) {
         const int64_t depth = std::min<int64_t>(DEPTH, d_ - run);
@@ -328,9 +253,14 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch
 }
 
 // Tile t, in its slot, against columns c to c + count of the block. How many pairs were decided.
-int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, bool int8, Scratch& mine,
+int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                             float* value, int64_t* index) const {
     const int64_t first = slot * height_;
+    const bool int8 = screen == Screen::int8;
+    if (screen == Screen::none) {
+        decide_all(t, slot, 0, height_, c, count, mine, value, index);
+        return 0;
+    }
     if (int8) {
         int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
                        mine.scale.get() + first, mine.sum.get() + first,
@@ -359,17 +289,17 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         const int64_t found = tile_.lines.select(
             score, count, limit, base + by_rest * most_rest + by_norm * most_norm + most_own, list);
         if (found == 0) continue;
+        if (what_ == Value::cosine && found > 4 && found * 3 > count) {
+            decide_all(t, slot, r, 1, c, count, mine, value, index);
+            decided += found;
+            continue;
+        }
         const auto decide = [&](int64_t j) {
             const float* const y = column(c + j);
-            const int64_t number = start_ + c + j;
             const float own = what_ == Value::cosine
                                   ? std::clamp(tile_.lines.dot(mine.x[at], y, d_), -1.0f, 1.0f)
                                   : static_cast<float>(tile_.lines.sq_distance(mine.x[at], y, d_));
-            const bool better = what_ == Value::cosine ? own > value[i] : own < value[i];
-            if (better || (own == value[i] && number < index[i])) {
-                value[i] = own;
-                index[i] = number;
-            }
+            offer(own, start_ + number_[c + j], value[i], index[i]);
             ++decided;
         };
         int32_t top = list[0];
@@ -386,6 +316,35 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         }
     }
     return decided;
+}
+
+// Every pair of `rows` rows of the tile from row `begin` on; cosines only.
+void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
+                         Scratch& mine, float* value, int64_t* index) const {
+    const int64_t first = slot * height_;
+    for (int64_t j = 0; j < count; j += 4) {
+        const float* four[4];
+        for (int64_t i = 0; i < 4; ++i) four[i] = column(c + std::min(j + i, count - 1));
+        tile_.lines.dots(mine.x.get() + first + begin, rows, four, d_, mine.scores.get() + begin * group_ + j,
+                         group_);
+    }
+    for (int64_t r = begin; r < begin + rows; ++r) {
+        const int64_t i = t * height_ + r;
+        if (!mine.open[first + r]) continue;
+        float* const score = mine.scores.get() + r * group_;
+        for (int64_t j = 0; j < count; ++j) score[j] = std::clamp(score[j], -1.0f, 1.0f);
+        int32_t* const list = mine.columns.get();
+        if (tile_.lines.select(score, count, value[i], 0, list) == 0) continue;
+        offer(score[list[0]], start_ + number_[c + list[0]], value[i], index[i]);
+    }
+}
+
+// Keep the better value, of equal ones the smaller number.
+void Nearest::offer(float own, int64_t number, float& value, int64_t& index) const {
+    const bool better = what_ == Value::cosine ? own > value : own < value;
+    if (!better && !(own == value && number < index)) return;
+    value = own;
+    index = number;
 }
 
 // A column whose score is below this by more than its error has no better value.

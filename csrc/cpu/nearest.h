@@ -1,6 +1,8 @@
 // For every row the best of some columns. A screen scores all pairs within a proven error, in int8 where the
 // processor multiplies it faster, else in float32; what may be best is decided by one float32 value of the
 // pair, the same for every screen. So the results depend neither on the screen nor on the number of threads.
+// Of bitwise equal columns only the first is looked at. Where a screen holds nothing back, all pairs of a tile
+// are decided at once.
 #pragma once
 
 #include <atomic>
@@ -29,6 +31,8 @@ class Nearest {
     void run(float* value, int64_t* index, const std::function<void(int64_t first, int64_t last)>& then = {});
 
   private:
+    enum class Screen { int8, float32, none };
+
     // One thread's tiles of rows and what it knows of each row.
     struct Scratch {
         Array<float> rows, tiles, buffer, scores, scale, norm, rest, offset;
@@ -40,17 +44,27 @@ class Nearest {
 
     Scratch scratch() const;
     void find_center();
+    bool read_column(int64_t j, Scratch& mine);
+    void keep_distinct();
     void prepare_panel(int64_t c, Scratch& mine);
-    bool prepare_column(int64_t c, Scratch& mine);
+    void prepare_column(int64_t c, Scratch& mine);
     void pack_floats(int64_t c, float* buffer);
     void decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index);
-    void prepare_tile(int64_t t, int64_t slot, bool int8, Scratch& mine, float* value, int64_t* index);
-    void prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch& mine, float* value,
+    void prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value, int64_t* index);
+    void prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
                      int64_t* index);
-    int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, bool int8, Scratch& mine,
+    int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                         float* value, int64_t* index) const;
-    const float* column(int64_t c) const;
+    void decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
+                    Scratch& mine, float* value, int64_t* index) const;
+    void judge(Screen screen, int64_t rows, int64_t found);
+    void offer(float own, int64_t number, float& value, int64_t& index) const;
+    const float* read(int64_t j) const;
+    const float* column(int64_t c) const { return read(number_[c]); }
     float limit_for(float value, float norm, float offset) const;
+
+    static constexpr int64_t PANEL = Int8Tile::COLUMNS;  // columns prepared at once: whole panels of every tile
+    static constexpr float HUGE_NORM = 1e15f;            // scores of longer rows might overflow
 
     const Tile& tile_;
     const Int8Tile& int8_;
@@ -60,12 +74,16 @@ class Nearest {
     const int64_t block_, group_, slots_;  // columns prepared, and scanned, at a time; tiles a thread holds
     const float gamma_;
     const int threads_;
-    std::atomic<bool> int8_pays_, broken_{false}, floats_{false};
-    int64_t start_ = 0, count_ = 0;  // the columns that are prepared
+    std::atomic<Screen> screen_;
+    std::atomic<int> losses_{0};
+    std::atomic<bool> broken_{false}, floats_{false};
+    int64_t start_ = 0, read_ = 0, count_ = 0;  // the columns that are read, and the distinct ones of them
 
-    Array<float> zero_, center_;
+    Array<float> zero_, center_, probe_;
     float center_square_ = 0;
-    Array<float> units_, panels_, plain_bias_;                // of the prepared columns
+    Array<float> units_, key_;                   // of the columns that are read
+    Array<int32_t> number_;                      // of the distinct columns among them, ascending
+    Array<float> panels_, plain_bias_;           // of the distinct columns
     Array<float> column_scale_, bias_, column_rest_, column_norm_, own_;
     Array<float> panel_rest_, panel_norm_, panel_own_;  // the most of each panel
     Array<uint8_t> column_codes_;

@@ -32,6 +32,10 @@ struct Lines {
     // Inner product in float32, in one order; both are readable to a multiple of 16, and 0 behind d.
     float (*dot)(const float* x, const float* y, int64_t d);
 
+    // The same bits for `count` rows x and four y: out[r * stride + i], `stride` floats from row to row.
+    void (*dots)(const float* const* x, int64_t count, const float* const y[4], int64_t d, float* out,
+                 int64_t stride);
+
     // List the columns j whose score is not below `limit` - slack, nor below the highest score - 2 slack, NaN
     // included, ascending, and return how many. `score` and `columns` reach to a multiple of 16.
     int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns);

@@ -10,10 +10,11 @@ namespace {
 struct Avx2 {
     using Float = __m256;
     using Wide = __m256d;
-    static constexpr int LANES = 8;
+    static constexpr int LANES = 8, DOT_ROWS = 1;
 
     static Float set(float x) { return _mm256_set1_ps(x); }
     static Float load(const float* p) { return _mm256_loadu_ps(p); }
+    static void hold(Float&) {}
     static Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm256_fmadd_ps(x, y, sum); }
     // y where x is NaN.
@@ -56,6 +57,11 @@ struct Avx2 {
         __m128 a = halves(x[0]), b = halves(x[1]), c = halves(x[2]), d = halves(x[3]);
         _MM_TRANSPOSE4_PS(a, b, c, d);
         _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+    }
+    // The bits of sum_each.
+    static float sum_one(Float x) {
+        const __m128 sum = halves(x), pairs = _mm_hadd_ps(sum, sum);
+        return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
     static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
         __m256d sum[4];

@@ -10,10 +10,12 @@ namespace {
 struct Avx512 {
     using Float = __m512;
     using Wide = __m512d;
-    static constexpr int LANES = 16;
+    static constexpr int LANES = 16, DOT_ROWS = 3;
 
     static Float set(float x) { return _mm512_set1_ps(x); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
+    // Load once: GCC would load again for every use.
+    static void hold(Float& x) { asm("" : "+v"(x)); }
     static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
     static __mmask16 first_lanes(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
@@ -53,13 +55,25 @@ struct Avx512 {
         return _mm512_add_pd(sum, _mm512_cvtps_pd(_mm256_loadu_ps(p)));
     }
     static __m128 quarters(Float x) {
-        const __m128 low = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1));
-        return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(x, 2), _mm512_extractf32x4_ps(x, 3)));
+        const __m128 even = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 2));
+        return _mm_add_ps(even, _mm_add_ps(_mm512_extractf32x4_ps(x, 1), _mm512_extractf32x4_ps(x, 3)));
+    }
+    // Quarters 0 and 1 of x + quarters 2 and 3, then those of y.
+    static Float fold(Float x, Float y) {
+        return add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
     }
     static void sum_each(const Float x[4], float out[4]) {
-        __m128 a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
-        _MM_TRANSPOSE4_PS(a, b, c, d);
-        _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+        const Float left = fold(x[0], x[1]), right = fold(x[2], x[3]);
+        Float sum = add(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
+        sum = add(sum, _mm512_permute_ps(sum, 0xb1));
+        sum = add(sum, _mm512_permute_ps(sum, 0x4e));
+        const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, sum)));
+    }
+    // The bits of sum_each.
+    static float sum_one(Float x) {
+        const __m128 sum = quarters(x), pairs = _mm_hadd_ps(sum, sum);
+        return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
     static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
         __m512d low = _mm512_setzero_pd(), high = low;

@@ -109,6 +109,13 @@ float dot(const float* x, const float* y, int64_t d) {
     return sum;
 }
 
+void dots(const float* const* x, int64_t count, const float* const y[4], int64_t d, float* out,
+          int64_t stride) {
+    for (int64_t r = 0; r < count; ++r) {
+        for (int i = 0; i < 4; ++i) out[r * stride + i] = dot(x[r], y[i], d);
+    }
+}
+
 int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
     float best = limit + slack;
     for (int64_t j = 0; j < count; ++j) best = std::max(best, score[j]);  // no NaN
@@ -257,7 +264,7 @@ const Tile baseline_tile = {
     normalize,
     write_products,
     sieve,
-    {sq_distance, rough_sq_distances, dot, select, add_rows, add_scaled, combine},
+    {sq_distance, rough_sq_distances, dot, dots, select, add_rows, add_scaled, combine},
     &mixture};
 
 }  // namespace dinofast

@@ -40,23 +40,66 @@ void vector_rough_sq_distances(const float* x, const float* const y[4], int64_t 
     }
 }
 
+// Products of ROWS rows with four others, each summed in two parts.
+template <class V, int ROWS>
+[[gnu::always_inline]] inline void dot_block(const float* const* x, const float* const y[4], int64_t d,
+                                             float* out, int64_t stride) {
+    constexpr int LANES = V::LANES;
+    typename V::Float even[ROWS][4], odd[ROWS][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) even[r][i] = odd[r][i] = V::set(0);
+    }
+    const auto add = [x, y](int64_t k, typename V::Float(&sum)[ROWS][4]) {
+        typename V::Float left[ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) left[r] = V::load(x[r] + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            auto right = V::load(y[i] + k);
+            V::hold(right);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) sum[r][i] = V::multiply_add(left[r], right, sum[r][i]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 2 * LANES <= d; k += 2 * LANES) {
+        add(k, even);
+        add(k + LANES, odd);
+    }
+    if (k < d) add(k, even);
+    if (k + LANES < d) add(k + LANES, odd);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) even[r][i] = V::add(even[r][i], odd[r][i]);
+        V::sum_each(even[r], out + r * stride);
+    }
+}
+
+template <class V>
+void vector_dots(const float* const* x, int64_t count, const float* const y[4], int64_t d, float* out,
+                 int64_t stride) {
+    int64_t r = 0;
+    for (; r + V::DOT_ROWS <= count; r += V::DOT_ROWS) {
+        dot_block<V, V::DOT_ROWS>(x + r, y, d, out + r * stride, stride);
+    }
+    for (; r < count; ++r) dot_block<V, 1>(x + r, y, d, out + r * stride, stride);
+}
+
 template <class V>
 float vector_dot(const float* x, const float* y, int64_t d) {
-    constexpr int LANES = V::LANES, PARTS = 4;
-    typename V::Float sum[PARTS];
-#pragma GCC unroll 4
-    for (int i = 0; i < PARTS; ++i) sum[i] = V::set(0);
+    constexpr int LANES = V::LANES;
+    auto even = V::set(0), odd = even;
     int64_t k = 0;
-    for (; k + PARTS * LANES <= d; k += PARTS * LANES) {
-#pragma GCC unroll 4
-        for (int i = 0; i < PARTS; ++i) {
-            sum[i] = V::multiply_add(V::load(x + k + i * LANES), V::load(y + k + i * LANES), sum[i]);
-        }
+    for (; k + 2 * LANES <= d; k += 2 * LANES) {
+        even = V::multiply_add(V::load(x + k), V::load(y + k), even);
+        odd = V::multiply_add(V::load(x + k + LANES), V::load(y + k + LANES), odd);
     }
-    for (; k < d; k += LANES) sum[0] = V::multiply_add(V::load(x + k), V::load(y + k), sum[0]);
-    float parts[PARTS];
-    V::sum_each(sum, parts);
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    if (k < d) even = V::multiply_add(V::load(x + k), V::load(y + k), even);
+    if (k + LANES < d) odd = V::multiply_add(V::load(x + k + LANES), V::load(y + k + LANES), odd);
+    return V::sum_one(V::add(even, odd));
 }
 
 template <class V>
@@ -145,8 +188,8 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 
 template <class V>
 constexpr Lines vector_lines = {
-    vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,     vector_select<V>,
-    vector_add_rows<V>,    vector_add_scaled<V>,         vector_combine<V>,
+    vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,        vector_dots<V>,
+    vector_select<V>,      vector_add_rows<V>,           vector_add_scaled<V>, vector_combine<V>,
 };
 
 }  // namespace dinofast

@@ -2,7 +2,8 @@
 
 `python -m bench.real --out bench/results/real-2-cores.json` runs each model on each packaged set in a process
 of its own, beside a plain nearest-neighbor script on the same features, and prints a Markdown table. Results
-are written after each run; `--only NAME` (repeatable) restricts models, `--sets NAME` the sets.
+are written after each run; `--only NAME` (repeatable) restricts models, `--sets NAME` the sets. Images of all sizes
+are squashed to the backbone's square: slices of Br35H differ in shape, and patches in size if that is kept.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ BACKBONE, TIMING_BACKBONE = "efficientnet-lite0", "random:dinov2-small"
 def run(set_name: str, row: str, backbone_name: str) -> dict[str, Any]:
     """Fit and test one model on one set in this process."""
     images = packaged.load(set_name)
-    features = backbone.load(backbone_name, device="cpu")
+    features = backbone.load(backbone_name, device="cpu", resize="squash")
     found = script(images, features) if row == SCRIPT else system(images, features, row)
     facts = {"set": set_name, "row": row, "backbone": backbone_name, "n_fit": len(images.fit)}
     return {**facts, "n_test": len(images.test), "peak_bytes": resident("VmHWM"), **found}

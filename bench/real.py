@@ -2,8 +2,8 @@
 
 `python -m bench.real --out bench/results/real-2-cores.json` runs each model on each packaged set in a process
 of its own, beside a plain nearest-neighbor script on the same features, and prints a Markdown table. Results
-are written after each run; `--only NAME` (repeatable) restricts models, `--sets NAME` the sets. Images of all sizes
-are squashed to the backbone's square: slices of Br35H differ in shape, and patches in size if that is kept.
+are written after each run; `--only NAME` (repeatable) restricts models, `--sets NAME` the sets. Images are
+squashed to the backbone's square: slices of Br35H differ in shape, and their patches in scale otherwise.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,12 +11,18 @@ import torch
 from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
 from bench.peers import contenders
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, SLOW
 from dinofast.ops import OPS
 from dinofast.ops.registry import choose
 
 CASES = [
-    pytest.param(op, shape, contender.name, id=f"{op}-{shape}-{contender.name}")
+    pytest.param(
+        op,
+        shape,
+        contender.name,
+        id=f"{op}-{shape}-{contender.name}",
+        marks=[pytest.mark.slow] if shape in SLOW else [],
+    )
     for op, shapes in SHAPES.items()
     for shape in shapes
     for contender in contenders(op, shape)
@@ -24,6 +31,8 @@ CASES = [
 
 @pytest.mark.parametrize(("op", "shape", "contender"), CASES)
 def bench_operator(measure: Measure, with_memory: bool, op: str, shape: str, contender: str) -> None:
+    if SLOW.get(shape, 0) > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30):
+        pytest.skip(f"needs {SLOW[shape]} GiB of memory, there are {there}")
     measure(f"{op} {shape}", contender, lambda: _prepare(op, shape, with_memory))
 
 

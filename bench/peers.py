@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ class Contender:
         prepare: takes the operator's arguments, gives the call that is timed.
         read: turns what the call returns into the operator's first results, for the gate; not timed.
         needs: package without which it is left out.
-        only: what the name of the size must hold, else it is left out.
+        only: regular expression that the name of the size must hold, else it is left out.
         tell: takes a call that has run, gives what else is known of it, in JSON types.
     """
 
@@ -52,7 +53,9 @@ def contenders(op: str, size: str = "") -> list[Contender]:
         return partial(getattr(torch.ops.dinofast, op).default, *args)
 
     tell = _pairs if op == "dpm_stats" else Contender.tell
-    found = [peer for peer in PEERS[op] if peer.only in size and importlib.util.find_spec(peer.needs)]
+    found = [
+        peer for peer in PEERS[op] if re.search(peer.only, size) and importlib.util.find_spec(peer.needs)
+    ]
     return [Contender(OURS, prepare, tell=tell), *found]
 
 
@@ -220,17 +223,25 @@ PEERS: dict[str, list[Contender]] = {
     "cosine_map": [Contender("torch+opencv", _torch_opencv, _images, "cv2")],
     "knn_topk": [
         *(
-            Contender(f"{OURS}-{strategy}", _bank(strategy), only=_LARGE, tell=_bank_facts)
+            Contender(f"{OURS}-{strategy}", _bank(strategy), only=f"{_LARGE}|_full", tell=_bank_facts)
             for strategy in ("float32", "lowp", "pruned", "auto")
         ),
-        Contender("torch", _torch_topk, lambda raw: (1 - raw[0],), only="_k3"),
+        Contender("torch", _torch_topk, lambda raw: (1 - raw[0],), only="_k3|_shot"),
         Contender(
-            "faiss-ip", _faiss("IndexFlatIP"), lambda raw: (1 - torch.as_tensor(raw[0]),), "faiss", "_k3"
+            "faiss-ip",
+            _faiss("IndexFlatIP"),
+            lambda raw: (1 - torch.as_tensor(raw[0]),),
+            "faiss",
+            "_k3|_shot",
         ),
         Contender(
-            "faiss-l2", _faiss("IndexFlatL2"), lambda raw: (torch.as_tensor(raw[0]) / 2,), "faiss", _LARGE
+            "faiss-l2",
+            _faiss("IndexFlatL2"),
+            lambda raw: (torch.as_tensor(raw[0]) / 2,),
+            "faiss",
+            f"{_LARGE}|_shot|_full",
         ),
-        Contender("anomalib", _anomalib, lambda raw: (raw.values[:, None],), only=_LARGE),
+        Contender("anomalib", _anomalib, lambda raw: (raw.values[:, None],), only=f"{_LARGE}|_shot"),
     ],
     "dpm_stats": [
         Contender("torch", _torch_products, tuple, only="_diag"),

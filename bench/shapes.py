@@ -31,6 +31,10 @@ def _features_and_rows(n: int, k: int) -> tuple[Tensor, Tensor]:
     return unit_rows(n, 0), unit_rows(k, 1)
 
 
+def _clustered_pair(n: int, k: int) -> tuple[Tensor, Tensor]:
+    return clustered_rows(n, 400, 0), clustered_rows(k, 400, 1)
+
+
 def _mixture(n: int, k: int) -> tuple[Any, ...]:
     """Give features near the means of a diagonal mixture, whose parts touch."""
     generator = torch.Generator().manual_seed(2)
@@ -70,15 +74,16 @@ def _clusters(n: int, k: int, covariance_type: str) -> tuple[Any, ...]:
     return x, means, precisions, (count / count.sum()).log(), covariance_type
 
 
-def _patch_maps(images: int) -> tuple[Any, ...]:
-    map = torch.rand(images, 32, 32, generator=torch.Generator().manual_seed(3))
-    return map, [448, 448], 4.0, "bilinear", "reflect"
+def _patch_maps(images: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Any, ...]:
+    map = torch.rand(images, *grid, generator=torch.Generator().manual_seed(3))
+    return map, list(size), 4.0, "bilinear", "reflect"
 
 
 SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
     "cosine_max": {
         "image_1024x150": lambda: _features_and_rows(1024, 150),
         "batch_12288x150": lambda: _features_and_rows(12_288, 150),
+        "resc_2048x150": lambda: _features_and_rows(2048, 150),
         "bank_1024x100000": lambda: _features_and_rows(1024, 100_000),
     },
     "cosine_map": {
@@ -98,12 +103,23 @@ SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
             1,
             "cosine",
         ),
+        "brats_shot_1024x1024": lambda: (*_features_and_rows(1024, 1024), 1, "cosine"),
+        "resc_shot_2048x2048": lambda: (*_features_and_rows(2048, 2048), 1, "cosine"),
+        "liver_full_1024x1579008": lambda: (*_clustered_pair(1024, 1542 * 1024), 1, "cosine"),
+        "brats_full_1024x7680000": lambda: (*_clustered_pair(1024, 7500 * 1024), 1, "cosine"),
+        "resc_full_2048x8800256": lambda: (*_clustered_pair(2048, 4297 * 2048), 1, "cosine"),
     },
     "dpm_stats": {
         "image_1024x150_diag": lambda: _mixture(1024, 150),
         "batch_12288x500_diag": lambda: _clusters(12_288, 500, "diag"),
         "part_1024x64_full": lambda: _clusters(1024, 64, "full"),
     },
-    "upsample_blur": {"image_32_to_448": lambda: _patch_maps(1)},
+    "upsample_blur": {
+        "image_32_to_448": lambda: _patch_maps(1, (32, 32), (448, 448)),
+        "resc_32x64_to_512x1024": lambda: _patch_maps(1, (32, 64), (512, 1024)),
+    },
 }
 """Operator -> name of a size -> what makes the operator's arguments, the same at every call."""
+
+SLOW = {"liver_full_1024x1579008": 18, "brats_full_1024x7680000": 88, "resc_full_2048x8800256": 101}
+"""Sizes that need --slow -> GiB of memory, eight times the rows: float64 ones of the gate, prepared banks."""

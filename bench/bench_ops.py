@@ -11,7 +11,7 @@ import torch
 from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
 from bench.peers import contenders
-from bench.shapes import SHAPES, SLOW
+from bench.shapes import SHAPES, SHORT, SLOW
 from dinofast.ops import OPS
 from dinofast.ops.registry import choose
 
@@ -21,7 +21,7 @@ CASES = [
         shape,
         contender.name,
         id=f"{op}-{shape}-{contender.name}",
-        marks=[pytest.mark.slow] if shape in SLOW else [],
+        marks=[pytest.mark.slow] if shape in SLOW else [pytest.mark.short] if (op, shape) in SHORT else [],
     )
     for op, shapes in SHAPES.items()
     for shape in shapes

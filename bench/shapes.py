@@ -121,5 +121,13 @@ SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
 }
 """Operator -> name of a size -> what makes the operator's arguments, the same at every call."""
 
+SHORT = [
+    ("cosine_max", "resc_2048x150"),
+    ("knn_topk", "resc_shot_2048x2048"),
+    ("dpm_stats", "batch_12288x500_diag"),
+    ("upsample_blur", "image_32_to_448"),
+]
+"""What CI compares with a saved run, besides the coreset of 500 clustered rows."""
+
 SLOW = {"liver_full_1024x1579008": 18, "brats_full_1024x7680000": 88, "resc_full_2048x8800256": 101}
 """Sizes that need --slow -> GiB of memory, eight times the rows: float64 ones of the gate, prepared banks."""

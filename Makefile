@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 BUILD_FILES := pyproject.toml setup.py .ci/setup .ci/constraints.txt $(shell find csrc kernels -type f -not -name '*.pyc')
 export PYTHON
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sanitize clean
 
 demo: $(VENV)/.demo  ## run the main job on real images; writes demo-output/report.html
 	$(VENV)/bin/dinofast demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev  ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+sanitize: $(VENV)/.dev  ## pass the operators' tests under the address, undefined-behavior and thread sanitizers
+	.ci/sanitize $(VENV) address
+	.ci/sanitize $(VENV) thread
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(BUILD_FILES)
 	.ci/setup $(VENV) $(patsubst dev,dev$(comma)triton,$(patsubst bench,bench$(comma)demo,$*))

@@ -4,6 +4,8 @@ DINOFAST_BUILD        unset: CUDA if nvcc is found, else C++, else pure Python; 
                       where a missing tool is an error.
 DINOFAST_CUDA_ARCHS   compute capabilities, such as "80;90"; PTX of the newest is added (default: those of
                       80, 90 and 100 that nvcc knows).
+DINOFAST_SANITIZE     "address" or "thread": what `.ci/sanitize` tests; such a module needs its sanitizer's
+                      library loaded first.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ def cmake_build(mode: str) -> Path:
     """Configure and build csrc/; an unchanged tree costs one run of ninja. Give the folder of the modules."""
     import pybind11
 
-    folder = ROOT / "build" / f"{mode}-{sys.implementation.cache_tag}-{platform.machine()}"
+    sanitize = os.environ.get("DINOFAST_SANITIZE", "")
+    kind = f"{mode}-{sanitize}" if sanitize else mode
+    folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{platform.machine()}"
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     command = [
         cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja",
@@ -110,6 +114,7 @@ def cmake_build(mode: str) -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DDINOFAST_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+        f"-DDINOFAST_SANITIZE={sanitize}",
         f"-DDINOFAST_CUDA={'ON' if mode == 'cuda' else 'OFF'}",
     ]  # fmt: skip
     if mode == "cuda":

@@ -1,11 +1,15 @@
-"""One image from file to anomaly map, by stage; from features to patch scores, where a peer does the same."""
+"""One image from file to map, by stage; from features to patch scores; one step of the mixture's fit."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from bench.measure import OURS, Group, Measure
+from bench.dpmm import step_calls, step_error
+from bench.measure import OURS, PEER_TOLERANCE, Group, Measure
+from bench.memory import peak_extra
 from bench.shapes import D
 from dinofast import Detector, backbone, models, ops
 from dinofast.data import demo
@@ -89,3 +93,25 @@ def _prepare_spatial_ar() -> Group:
             "bytes": 4 * (tensor.numel() + 28 * 28 + sum(t.numel() for t in state.values())),
         }
     return group
+
+
+@pytest.mark.parametrize("contender", ["dinofast", "dinofast-kernel-alone", "torch"])
+def bench_dpmm_step(measure: Measure, with_memory: bool, contender: str) -> None:
+    measure("DPMM.step batch_12288x500_diag", contender, lambda: _prepare_step(with_memory))
+
+
+def _prepare_step(with_memory: bool) -> Group:
+    """Make one step of fit on twelve images: rows read from the store, statistics, update."""
+    calls = step_calls()
+    facts: dict[str, dict[str, Any]] = {
+        name: {"backend": "cpu" if name.startswith(OURS) else name, "device": "cpu", "dtype": "float32"}
+        for name in calls
+    }
+    for name in ("dinofast", "torch"):
+        error = step_error(calls[name]())
+        assert error <= PEER_TOLERANCE, f"{name}: a parameter errs by {error:.3g}"
+        facts[name]["largest_error"] = error
+    if with_memory:
+        for name in calls:
+            facts[name]["peak_extra_bytes"] = peak_extra("DPMM.step", "batch_12288x500_diag", name)
+    return Group(calls, facts)

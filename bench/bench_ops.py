@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,17 +11,19 @@ import torch
 from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
 from bench.peers import contenders
-from bench.shapes import SHAPES, SHORT, SLOW
+from bench.shapes import SHAPES, SHORT, SLOW, missing
 from dinofast.ops import OPS
 from dinofast.ops.registry import choose
 
 CASES = [
     pytest.param(
-        op,
-        shape,
-        contender.name,
+        *(op, shape, contender.name),
         id=f"{op}-{shape}-{contender.name}",
-        marks=[pytest.mark.slow] if shape in SLOW else [pytest.mark.short] if (op, shape) in SHORT else [],
+        marks=[pytest.mark.slow]
+        if (op, shape) in SLOW
+        else [pytest.mark.short]
+        if (op, shape) in SHORT
+        else [],
     )
     for op, shapes in SHAPES.items()
     for shape in shapes
@@ -31,15 +33,15 @@ CASES = [
 
 @pytest.mark.parametrize(("op", "shape", "contender"), CASES)
 def bench_operator(measure: Measure, with_memory: bool, op: str, shape: str, contender: str) -> None:
-    if SLOW.get(shape, 0) > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30):
-        pytest.skip(f"needs {SLOW[shape]} GiB of memory, there are {there}")
+    if reason := missing(op, shape):
+        pytest.skip(reason)
     measure(f"{op} {shape}", contender, lambda: _prepare(op, shape, with_memory))
 
 
 def _prepare(op: str, shape: str, with_memory: bool) -> Group:
     args = SHAPES[op][shape]()
     gate, cost = Gate(OPS[op], args), OPS[op].cost(*args)
-    calls, facts = {}, {}
+    group = Group({}, {})
     for contender in contenders(op, shape):
         name, call = contender.name, contender.prepare(*args)
         ours = name.startswith(OURS)
@@ -56,5 +58,7 @@ def _prepare(op: str, shape: str, with_memory: bool) -> Group:
         }
         if with_memory:
             known["peak_extra_bytes"] = peak_extra(op, shape, name)
-        calls[name], facts[name] = call, known
-    return Group(calls, facts)
+        group.calls[name], group.facts[name] = call, known
+        if contender.stages:
+            group.stages[name] = partial(contender.stages, call)
+    return group

@@ -82,7 +82,7 @@ class Gate:
 
     def _error(self, results: Sequence[Tensor]) -> float:
         pairs = [(a, b) for a, b in zip(results, self.truth, strict=False) if b.is_floating_point()]
-        return max((got.double() - true).abs().max().item() for got, true in pairs)
+        return max(((got.double() - true).abs().max().item() for got, true in pairs), default=0.0)
 
 
 @dataclass(frozen=True)

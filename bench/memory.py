@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.dpmm import step_calls
 from bench.peers import contenders
 from bench.shapes import SHAPES
 
@@ -31,8 +32,11 @@ def resident(field: str) -> int:
 
 
 def _main(op: str, shape: str, contender: str) -> int:
-    args = SHAPES[op][shape]()
-    call = next(c for c in contenders(op, shape) if c.name == contender).prepare(*args)
+    if op == "DPMM.step":
+        call = step_calls()[contender]
+    else:
+        args = SHAPES[op][shape]()
+        call = next(c for c in contenders(op, shape) if c.name == contender).prepare(*args)
     if not Path("/proc/self/clear_refs").exists():
         return -1
     ctypes.CDLL(None).malloc_trim(0)  # freed memory of the preparation must not hide what the call takes

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import OURS, Call
-from dinofast.ops import OPS, Bank, knn_topk
+from bench.measure import OURS, PEER_TOLERANCE, Call
+from dinofast.ops import MISSING, OPS, Bank, knn_topk
 from dinofast.ops.dpm_stats import pairs_evaluated
 from dinofast.ops.registry import choose
 from dinofast.testing import as_tuple
@@ -36,8 +37,9 @@ class Contender:
         prepare: takes the operator's arguments, gives the call that is timed.
         read: turns what the call returns into the operator's first results, for the gate; not timed.
         needs: package without which it is left out.
-        only: regular expression that the name of the size must hold, else it is left out.
+        only: pattern that the name of the size must hold, else it is left out.
         tell: takes a call that has run, gives what else is known of it, in JSON types.
+        stages: takes a call that has run, gives the seconds of its parts.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Contender:
     needs: str = "torch"
     only: str = ""
     tell: Callable[[Any], dict[str, Any]] = lambda _: {}
+    stages: Callable[[Any], dict[str, float]] | None = None
 
 
 def contenders(op: str, size: str = "") -> list[Contender]:
@@ -58,7 +61,8 @@ def contenders(op: str, size: str = "") -> list[Contender]:
     found = [
         peer for peer in PEERS[op] if re.search(peer.only, size) and importlib.util.find_spec(peer.needs)
     ]
-    return [Contender(OURS, prepare, tell=tell), *found]
+    stages = _native_steps if op == "dpm_stats" and size.endswith("_full") and "cpu" not in MISSING else None
+    return [Contender(OURS, prepare, tell=tell, stages=stages), *found]
 
 
 def has_compiler() -> bool:
@@ -78,6 +82,15 @@ def _compiled(op: str, only: str = "") -> list[Contender]:
 def _pairs(call: Any) -> dict[str, Any]:
     native = choose(OPS["dpm_stats"], call.args).backend == "cpu"
     return {"pairs_evaluated": pairs_evaluated(*call.args)} if native else {}
+
+
+def _native_steps(call: Any) -> dict[str, float]:
+    """Take the steps of one more call: the operator does not tell them."""
+    from dinofast.ops.providers.cpu import dpm_stats_native
+
+    start = time.perf_counter()
+    *_, expectation = dpm_stats_native(*call.args)
+    return {"E step": expectation, "M step": time.perf_counter() - start - expectation}
 
 
 def _bank(strategy: str) -> Callable[..., Call]:
@@ -145,16 +158,22 @@ def _torch_full(
     x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
 ) -> Call:
     """Take an E and an M step with one product a component each."""
+    seconds: dict[str, float] = {}
 
     def call() -> Any:
+        start = time.perf_counter()
         factor = torch.linalg.cholesky(precisions)
         constant = log_weights + factor.diagonal(dim1=1, dim2=2).log().sum(1)
         form = torch.stack([((x - m) @ f).square().sum(1) for m, f in zip(means, factor, strict=True)], 1)
         log_joint = constant - 0.5 * (form + x.shape[1] * math.log(2 * math.pi))
-        r = log_joint.softmax(dim=1)
+        log_likelihood, r = log_joint.logsumexp(dim=1), log_joint.softmax(dim=1)
+        seconds["E step"] = time.perf_counter() - start
         second = torch.stack([(x * weight[:, None]).T @ x for weight in r.T])
-        return log_joint.logsumexp(dim=1), r.sum(0), r.T @ x, second
+        results = log_likelihood, r.sum(0), r.T @ x, second
+        seconds["M step"] = time.perf_counter() - start - seconds["E step"]
+        return results
 
+    call.seconds = seconds  # type: ignore[attr-defined]
     return call
 
 
@@ -194,6 +213,44 @@ def _torch_products(
     return call
 
 
+def _sklearn_lloyd(rows: Tensor, centers: Tensor) -> Call:
+    """Take one iteration of its Lloyd algorithm, without what its KMeans does before and after."""
+    from sklearn.cluster import _k_means_lloyd
+
+    x, n, k = rows.numpy(), *(len(t) for t in (rows, centers))
+    before, ones, labels = centers.numpy(), np.ones(n, np.float32), np.full(n, -1, np.int32)
+    after, count, shift = np.empty_like(before), np.empty(k, np.float32), np.empty(k, np.float32)
+    step, threads = _k_means_lloyd.lloyd_iter_chunked_dense, torch.get_num_threads()
+
+    def call() -> Any:
+        step(x, ones, before, after, count, labels, shift, threads)
+        return (labels,)
+
+    return call
+
+
+def _faiss_kmeans(rows: Tensor, centers: Tensor) -> Call:
+    """Take one iteration of its Kmeans; it keeps the nearest centers to itself, so its means are checked."""
+    import faiss
+
+    x, start = rows.numpy(), centers.numpy()
+    many = 1 + len(rows)
+
+    def call() -> Any:
+        kmeans = faiss.Kmeans(
+            x.shape[1], len(start), niter=1, max_points_per_centroid=many, min_points_per_centroid=1
+        )
+        kmeans.train(x, init_centroids=start)
+        return kmeans.centroids
+
+    index = torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    sums = torch.zeros_like(centers).index_add_(0, index, rows)
+    means = sums / torch.bincount(index, minlength=len(centers))[:, None]
+    error = (torch.as_tensor(call()) - means).abs().max().item()
+    assert error < PEER_TOLERANCE, f"faiss Kmeans: a mean errs by {error:.3g}"
+    return call
+
+
 def _torch_scipy(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Call:
     from scipy.ndimage import gaussian_filter
 
@@ -228,7 +285,7 @@ def _tensors(raw: Any) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(array) for array in raw)
 
 
-_LARGE = "1024x100000_"
+_LARGE = "x100000_|bank_real"
 PEERS: dict[str, list[Contender]] = {
     "cosine_max": [
         Contender("torch", _torch_max, _first),
@@ -266,9 +323,13 @@ PEERS: dict[str, list[Contender]] = {
     ],
     "dpm_stats": [
         Contender("torch", _torch_products, tuple, only="_diag"),
-        Contender("torch", _torch_full, tuple, only="_full"),
+        Contender("torch", _torch_full, tuple, only="_full", stages=lambda call: call.seconds),
         Contender("scikit-learn", _sklearn, _tensors, "sklearn", "500_diag"),
         *_compiled("dpm_stats", "image_"),
+    ],
+    "kmeans_step": [
+        Contender("scikit-learn", _sklearn_lloyd, _tensors, "sklearn"),
+        Contender("faiss", _faiss_kmeans, lambda _: (), "faiss"),
     ],
     "upsample_blur": [  # Inductor of torch 2.13 does not compile its reference for the CPU
         Contender("torch+scipy", _torch_scipy, _images, "scipy"),

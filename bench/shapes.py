@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dinofast import Detector, backbone
+from dinofast.data import demo, rider
+from dinofast.data.fetch import cache
 
 D = 384
 """Channels of a ViT-S."""
@@ -25,6 +32,39 @@ def clustered_rows(rows: int, clusters: int, seed: int, noise: float = 0.5, d: i
     owner = torch.randint(clusters, (rows,), generator=generator)
     drawn = torch.randn(rows, d, generator=generator).mul_(noise).add_(centers[owner])
     return torch.nn.functional.normalize(drawn)
+
+
+@lru_cache(maxsize=2)
+def real_rows(name: str, queries: int) -> tuple[Tensor, Tensor]:
+    """Compute features of a demo set by efficientnet-lite0: (queries, 232) of slices with a lesion, (M, 232).
+
+    The bank of "brain" is that of the demo; that of "lung-ct" has all slices without tumor.
+    """
+    detector = Detector(backbone.load("efficientnet-lite0", device="cpu"))
+    data = demo.load(name)
+    normal = data.fit if name == "brain" else [s for s in data.volume.samples() if s.label == 0]
+    bank = detector.fit(normal).model.state()["bank"]
+    lesions = detector.fit(data.test[:: max(1, len(data.test) // 7)]).model.state()["bank"]
+    return lesions[:: len(lesions) // queries][:queries].contiguous(), bank
+
+
+REAL = {"bank_real_brain": "brain", "bank_real_lung-ct": "lung-ct"}
+"""Size -> the demo set whose features it has."""
+
+
+def missing(op: str, size: str) -> str:
+    """Tell why an operator cannot run at a size here, or nothing."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    if memory < (needed := SLOW.get((op, size), 0)):
+        return f"needs {needed} GiB of memory, there are {memory}"
+    if (
+        REAL.get(size) == "lung-ct"
+        and not (cache() / f"lung-ct-{rider.ARCHIVE.sha256[:12]}" / "image.nii.gz").exists()
+    ):
+        return "the lung CT is not in the cache; `dinofast demo` fetches it"
+    if size in REAL and not importlib.util.find_spec("nibabel"):
+        return "needs nibabel"
+    return ""
 
 
 def _features_and_rows(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -79,6 +119,10 @@ def _patch_maps(images: int, grid: tuple[int, int], size: tuple[int, int]) -> tu
     return map, list(size), 4.0, "bilinear", "reflect"
 
 
+def _real(name: str) -> tuple[Any, ...]:
+    return *real_rows(name, 1024), 1, "cosine"
+
+
 SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
     "cosine_max": {
         "image_1024x150": lambda: _features_and_rows(1024, 150),
@@ -108,11 +152,17 @@ SHAPES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
         "liver_full_1024x1579008": lambda: (*_clustered_pair(1024, 1542 * 1024), 1, "cosine"),
         "brats_full_1024x7680000": lambda: (*_clustered_pair(1024, 7500 * 1024), 1, "cosine"),
         "resc_full_2048x8800256": lambda: (*_clustered_pair(2048, 4297 * 2048), 1, "cosine"),
+        **{size: partial(_real, name) for size, name in REAL.items()},
+    },
+    "kmeans_step": {
+        "batch_8192x64_random": lambda: (unit_rows(8192, 0), unit_rows(8192, 0)[:64]),
+        "batch_8192x64_clustered": lambda: (clustered_rows(8192, 64, 0), clustered_rows(8192, 64, 0)[:64]),
     },
     "dpm_stats": {
         "image_1024x150_diag": lambda: _mixture(1024, 150),
         "batch_12288x500_diag": lambda: _clusters(12_288, 500, "diag"),
         "part_1024x64_full": lambda: _clusters(1024, 64, "full"),
+        "batch_12288x500_full": lambda: _clusters(12_288, 500, "full"),
     },
     "upsample_blur": {
         "image_32_to_448": lambda: _patch_maps(1, (32, 32), (448, 448)),
@@ -129,5 +179,10 @@ SHORT = [
 ]
 """What CI compares with a saved run, besides the coreset of 500 clustered rows."""
 
-SLOW = {"liver_full_1024x1579008": 18, "brats_full_1024x7680000": 88, "resc_full_2048x8800256": 101}
-"""Sizes that need --slow -> GiB of memory, eight times the rows: float64 ones of the gate, prepared banks."""
+SLOW = {
+    ("dpm_stats", "batch_12288x500_full"): 8,
+    ("knn_topk", "liver_full_1024x1579008"): 18,
+    ("knn_topk", "brats_full_1024x7680000"): 88,
+    ("knn_topk", "resc_full_2048x8800256"): 101,
+}
+"""Operators and sizes that need --slow -> GiB of memory that they need: of banks, eight times the rows."""

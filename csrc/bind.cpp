@@ -8,6 +8,7 @@
 #include "cpu/farthest_point.h"
 #include "cpu/isa.h"
 #include "cpu/k_center.h"
+#include "cpu/kmeans_step.h"
 #include "cpu/knn_topk.h"
 #include "cpu/knn_topk_bank.h"
 
@@ -16,9 +17,10 @@ using namespace dinofast;
 
 namespace {
 
-// The tensors of a packed bank, in the order of dinofast/ops/bank.py; {} and 0 groups where there are none.
+// The tensors of a packed bank, in the order of dinofast/ops/knn_topk_bank.py; null pointers and 0 groups
+// where there are none. `depth` is that of the outlines.
 PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, int64_t columns,
-                       int64_t groups) {
+                       int64_t groups, int64_t depth) {
     return {{{reinterpret_cast<const void*>(at[0]), m, d, d, Element::float32}, true},
             reinterpret_cast<const float*>(at[1]),
             reinterpret_cast<float*>(at[2]),
@@ -31,7 +33,10 @@ PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, i
             groups,
             reinterpret_cast<const int64_t*>(at[8]),
             reinterpret_cast<const float*>(at[9]),
-            reinterpret_cast<const float*>(at[10])};
+            reinterpret_cast<const float*>(at[10]),
+            {depth, reinterpret_cast<const float*>(at[11]), reinterpret_cast<float*>(at[12]),
+             reinterpret_cast<uint8_t*>(at[13]), reinterpret_cast<float*>(at[14]),
+             reinterpret_cast<float*>(at[15])}};
 }
 
 // (count, pointers of start, index and weight)
@@ -54,12 +59,12 @@ PYBIND11_MODULE(_native, m) {
     m.attr("OPENMP") = false;
 #endif
 
-    m.def("isa", [] { return chosen_tile().name; }, "Name the instruction set in use.");
+    m.def("isa", [] { return chosen_isa().name; }, "Name the instruction set in use.");
     m.def(
         "available_isas",
         [] {
             std::vector<std::string> names;
-            for (const Tile* tile : available_tiles()) names.emplace_back(tile->name);
+            for (const Isa& isa : available_isas()) names.emplace_back(isa.name);
             return names;
         },
         "List the instruction sets of this processor that there are kernels for, worst first.");
@@ -73,7 +78,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
             py::gil_scoped_release release;
-            cosine_max(tile, left, right, reinterpret_cast<float*>(similarity),
+            cosine_max(tile, chosen_int8_tile(), left, right, reinterpret_cast<float*>(similarity),
                        reinterpret_cast<int64_t*>(index), threads);
         },
         "Fill similarity (N,) float32 and index (N,) int64. "
@@ -109,28 +114,29 @@ PYBIND11_MODULE(_native, m) {
         "Returns the number of the first row with NaN or inf, or -1.");
     m.def(
         "quantize_bank",
-        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int metric,
-           int threads) {
+        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int64_t groups,
+           int64_t depth, int metric, int threads) {
             const Tile& tile = chosen_tile();
             py::gil_scoped_release release;
-            quantize_bank(tile, packed_bank(packed, m, d, columns, 0), static_cast<Metric>(metric), threads);
+            quantize_bank(tile, packed_bank(packed, m, d, columns, groups, depth),
+                          static_cast<Metric>(metric), threads);
         },
-        "Fill weight, codes, scale, bias and error of a packed bank from its rows, center and index.");
+        "Fill weight, codes, scale, bias and error of a packed bank, and those of its outlines.");
     m.def(
         "knn_topk_bank",
         [](uintptr_t queries, int64_t q, int64_t queries_stride, int64_t d, int element,
-           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups, int k,
-           int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited, int threads) {
+           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups,
+           int64_t depth, int k, int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited, int threads) {
             const Tile& tile = chosen_tile();
             const Int8Tile& int8 = chosen_int8_tile();
             const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d,
                             static_cast<Element>(element)};
             py::gil_scoped_release release;
-            knn_topk_bank(tile, int8, left, packed_bank(packed, m, d, columns, groups), k,
+            knn_topk_bank(tile, int8, left, packed_bank(packed, m, d, columns, groups, depth), k,
                           static_cast<Metric>(metric), probes, reinterpret_cast<float*>(distance),
                           reinterpret_cast<int64_t*>(index), reinterpret_cast<int64_t*>(visited), threads);
         },
-        "Fill distance (Q, k) float32, index (Q, k) int64 and visited (Q,) int64 from a packed bank.");
+        "Fill distance (Q, k) float32, index (Q, k) int64 and visited (Q, 3) int64 from a packed bank.");
     m.def(
         "upsample_blur",
         [](uintptr_t maps, int64_t batch, int64_t h, const WeightsArgument& rows,
@@ -152,7 +158,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
             py::gil_scoped_release release;
-            cosine_map(tile, left, right, reinterpret_cast<const bool*>(mask), weights(rows),
+            cosine_map(tile, chosen_int8_tile(), left, right, reinterpret_cast<const bool*>(mask), weights(rows),
                        weights(columns), h, width, reinterpret_cast<float*>(out), threads);
         },
         "Fill out (B, H, W) float32 from the rows of B grids (h, w); mask (N,) bool or a null pointer.");
@@ -184,6 +190,22 @@ PYBIND11_MODULE(_native, m) {
             },
             "Select count more rows into index (count,) int64.");
     m.def(
+        "kmeans_step",
+        [](uintptr_t rows, int64_t n, int64_t stride, int64_t d, int element, uintptr_t centers, int64_t k,
+           int64_t centers_stride, uintptr_t index, uintptr_t sq_distance, uintptr_t sums, uintptr_t counts,
+           int threads) {
+            const Tile& tile = chosen_tile();
+            const Int8Tile& int8 = chosen_int8_tile();
+            const Rows left{reinterpret_cast<const void*>(rows), n, stride, d, static_cast<Element>(element)};
+            const Rows right{reinterpret_cast<const void*>(centers), k, centers_stride, d, Element::float32};
+            py::gil_scoped_release release;
+            kmeans_step(tile, int8, left, right, reinterpret_cast<int64_t*>(index),
+                        reinterpret_cast<float*>(sq_distance), reinterpret_cast<float*>(sums),
+                        reinterpret_cast<int64_t*>(counts), threads);
+        },
+        "Fill index (N,) int64, sq_distance (N,) float32, sums (K, D) float32 and counts (K,) int64; centers "
+        "are float32.");
+    m.def(
         "dpm_stats",
         [](uintptr_t x, int64_t n, int64_t stride, int64_t d, int element, uintptr_t means,
            uintptr_t precisions, uintptr_t constants, int64_t k, bool full, uintptr_t log_likelihood,
@@ -200,9 +222,11 @@ PYBIND11_MODULE(_native, m) {
                                   reinterpret_cast<float*>(first), reinterpret_cast<float*>(second)};
             py::gil_scoped_release release;
             int64_t evaluated = 0;
-            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, threads);
-            return std::pair(failed, evaluated);
+            double expectation = 0;
+            const int64_t failed = dpm_stats(tile, mixture, rows, out, &evaluated, &expectation, threads);
+            return std::tuple(failed, evaluated, expectation);
         },
         "Fill log_likelihood (N,), count (K,), first (K, D) and second, float32. Returns the first component "
-        "that is not positive definite, or -1, and how many pairs of row and component were evaluated.");
+        "that is not positive definite, or -1, how many pairs of row and component were evaluated, and the "
+        "seconds that the responsibilities took.");
 }

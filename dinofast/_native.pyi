@@ -43,7 +43,9 @@ def knn_topk(
 ) -> None: ...
 def int8_isa() -> str: ...
 def unit_rows(rows: int, m: int, stride: int, d: int, element: int, out: int, threads: int, /) -> int: ...
-def quantize_bank(packed: list[int], m: int, d: int, columns: int, metric: int, threads: int, /) -> None: ...
+def quantize_bank(
+    packed: list[int], m: int, d: int, columns: int, groups: int, depth: int, metric: int, threads: int, /
+) -> None: ...
 def knn_topk_bank(
     queries: int,
     q: int,
@@ -54,6 +56,7 @@ def knn_topk_bank(
     m: int,
     columns: int,
     groups: int,
+    depth: int,
     k: int,
     metric: int,
     probes: int,
@@ -120,6 +123,22 @@ class KCenter:
     ) -> None: ...
     def select(self, count: int, index: int, threads: int, /) -> None: ...
 
+def kmeans_step(
+    rows: int,
+    n: int,
+    stride: int,
+    d: int,
+    element: int,
+    centers: int,
+    k: int,
+    centers_stride: int,
+    index: int,
+    sq_distance: int,
+    sums: int,
+    counts: int,
+    threads: int,
+    /,
+) -> None: ...
 def dpm_stats(
     x: int,
     n: int,
@@ -137,4 +156,4 @@ def dpm_stats(
     second: int,
     threads: int,
     /,
-) -> tuple[int, int]: ...
+) -> tuple[int, int, float]: ...

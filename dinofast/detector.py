@@ -70,7 +70,7 @@ class Detector:
         self.n_images = 0
         self.reading: dict[str, Any] = {}
         self._rotate = False
-        self._embedder = Embedder(self.backbone)
+        self._embedder = Embedder(self.backbone, intensity=self.model.wants_intensity)
         self._seen: frozenset[bytes] = frozenset()
         unset = getattr(self.model, "masking", False) and getattr(self.model, "mask_threshold", 0.0) is None
         if unset and self.backbone.kind.startswith("dinov2") and self.backbone.taps_last_block:
@@ -122,6 +122,7 @@ class Detector:
     ) -> Self:
         """Learn from normal images; earlier learning and thresholds are replaced.
 
+        A model that `learns_from_masks` takes normal and abnormal images, all of them samples with masks.
         Every file is read once before the work begins, so a bad one stops the run before anything is lost.
 
         Args:
@@ -139,13 +140,16 @@ class Detector:
 
         Raises:
             BadFilesError: files that cannot be used, all named.
-            InputError: no images, or what the model says.
+            InputError: no images, no mask of an image where the model needs it, or what the model says.
         """
         asked = validation is not None or checkpoint is not None
         if asked and not isinstance(self.model, IterativeModel):
             raise InputError(
                 f"validation and checkpoint are for models trained over epochs; {self.model.name} is not one."
             )
+        truth = self.model.learns_from_masks
+        if truth and rotate:
+            raise InputError(f"rotate turns images without their masks, and {self.model.name} needs them.")
         good = self.check(data.samples(images), skip_bad=skip_bad, progress=progress)
         held_back = [] if validation is None else self.check(data.samples(validation), progress=progress)
         seen: set[bytes] = set()
@@ -153,7 +157,9 @@ class Detector:
         start = time.perf_counter()
 
         def features(listed: Sequence[Sample], rotate: bool, seen: set[bytes] | None) -> Iterator[Features]:
-            stream = self._embedder.batches(listed, "fit", batch_size, progress, rotate=rotate, seen=seen)
+            stream = self._embedder.batches(
+                listed, "fit", batch_size, progress, rotate=rotate, seen=seen, truth=truth
+            )
             return (batch.features for batch in stream)
 
         stream = features(good, rotate, seen)
@@ -230,6 +236,11 @@ class Detector:
         self.model.state()
         if level not in LEVELS:
             raise InputError(f"unknown level {level!r}; one of {', '.join(LEVELS)}")
+        if cross_fit is not None and self.model.learns_from_masks:
+            raise InputError(
+                f"cross_fit scores the images of fit, and {self.model.name} learns from abnormal ones too; "
+                "calibrate on other normal images."
+            )
         pixels, scores = PixelCalibrator(fpr, seed=self.seed), []
         good = self.check(images, skip_bad=skip_bad, progress=progress)
         self._check_seen(good, wanted=cross_fit is not None)

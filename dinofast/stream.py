@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinofast import data
 from dinofast.backbone import Backbone
+from dinofast.backbone.preprocess import patch_gray
 from dinofast.data import Sample
 from dinofast.errors import InputError
 from dinofast.imaging import RGB, digest, rotations
@@ -39,22 +40,31 @@ class Batch:
         start = 0
         for stop in range(1, len(self.sizes) + 1):
             if stop == len(self.sizes) or self.sizes[stop] != self.sizes[start]:
-                tensor, cls = self.features.tensor[start:stop], self.features.cls
-                part = replace(
-                    self.features,
-                    tensor=tensor,
-                    cls=None if cls is None else cls[start:stop],
-                    image_size=self.sizes[start],
-                )
-                yield range(start, stop), part
+                part = self.features.part(start, stop)
+                yield range(start, stop), replace(part, image_size=self.sizes[start])
                 start = stop
 
 
-class Embedder:
-    """Run images through a backbone in batches, keeping the time that each stage takes."""
+@dataclass(frozen=True)
+class _Waiting:
+    """A preprocessed image that waits for its batch."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    source: str
+    size: tuple[int, int]
+    pixels: Tensor
+    mask: Tensor | None
+
+
+class Embedder:
+    """Run images through a backbone in batches, keeping the time that each stage takes.
+
+    Args:
+        backbone: from pixels to features.
+        intensity: whether features get the mean gray of each patch as well.
+    """
+
+    def __init__(self, backbone: Backbone, *, intensity: bool = False) -> None:
+        self.backbone, self.intensity = backbone, intensity
         self.restart()
 
     def restart(self) -> None:
@@ -91,6 +101,7 @@ class Embedder:
         skip_bad: bool = False,
         rotate: bool = False,
         seen: set[bytes] | None = None,
+        truth: bool = False,
     ) -> Iterator[Batch]:
         """Read and embed images in order, in batches of one preprocessed size.
 
@@ -102,14 +113,15 @@ class Embedder:
             skip_bad: pass over images that cannot be used, with a warning each, instead of raising.
             rotate: embed eight turned copies of each image.
             seen: gets the digest of each image.
+            truth: also read the masks, brought to the preprocessed size; not together with `rotate`.
 
         Yields:
-            Batches.
+            Batches, with `Features.masks` where `truth`.
 
         Raises:
             InputError: an image that cannot be used, named; those before it have been yielded.
         """
-        waiting: list[tuple[str, tuple[int, int], Tensor]] = []
+        waiting: list[_Waiting] = []
         limits: dict[torch.Size, int] = {}
         for done, sample in enumerate(images):
             if progress is not None:
@@ -117,6 +129,7 @@ class Embedder:
             start = time.perf_counter()
             try:
                 image = data.judged(sample, self.accept)
+                mask = self._mask(sample, image) if truth else None
             except InputError as error:
                 if skip_bad:
                     _LOG.warning("skipped %s: %s", sample.source, error)
@@ -135,20 +148,41 @@ class Embedder:
                 if pixels.shape not in limits:  # asked once: a caching allocator's free memory shrinks
                     limits[pixels.shape] = batch_size or self._batch_size(pixels, image)
                 full = len(waiting) >= limits[pixels.shape]
-                if waiting and (full or waiting[0][2].shape != pixels.shape):
+                if waiting and (full or waiting[0].pixels.shape != pixels.shape):
                     yield self._embed(waiting)
                     waiting = []
-                waiting.append((sample.source, (image.shape[0], image.shape[1]), pixels))
+                waiting.append(_Waiting(sample.source, (image.shape[0], image.shape[1]), pixels, mask))
         if waiting:
             yield self._embed(waiting)
         if progress is not None:
             progress(stage, len(images), len(images))
 
-    def _embed(self, waiting: list[tuple[str, tuple[int, int], Tensor]]) -> Batch:
+    def _mask(self, sample: Sample, image: RGB) -> Tensor:
+        mask = sample.mask()
+        if mask is None:
+            raise InputError(
+                f"{sample.source}: has no mask, and this model learns from masks; give samples that have "
+                "one, all False for normal images, as dinofast.data.folder does of a tree with ground_truth"
+            )
+        if mask.shape != image.shape[:2]:
+            raise InputError(
+                f"{sample.source}: its mask has the size (H, W) = {mask.shape}, the image {image.shape[:2]}; "
+                "export it anew"
+            )
+        return torch.from_numpy(self.backbone.preprocess.mask(mask))
+
+    def _embed(self, waiting: list[_Waiting]) -> Batch:
         start = time.perf_counter()
-        features = self.backbone(torch.stack([pixels for _, _, pixels in waiting]))
+        pixels = torch.stack([one.pixels for one in waiting])
+        features = self.backbone(pixels)
+        if self.intensity:
+            h, w = features.tensor.shape[1:3]
+            features = replace(features, intensity=patch_gray(pixels, (h, w)).to(self.backbone.device))
+        masks = [one.mask for one in waiting if one.mask is not None]
+        if masks:
+            features = replace(features, masks=torch.stack(masks).to(features.tensor.device))
         self.timed("backbone", start)
-        return Batch([source for source, _, _ in waiting], [size for _, size, _ in waiting], features)
+        return Batch([one.source for one in waiting], [one.size for one in waiting], features)
 
     def _batch_size(self, pixels: Tensor, image: RGB) -> int:
         """Fill a quarter of the free memory.

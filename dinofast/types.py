@@ -6,7 +6,7 @@ K prototypes or components, Q queries, M bank rows, k neighbors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Features:
         intensity: mean gray of the pixels under each patch (B, h, w) in [0, 1], for foreground rules; None
             where nobody asked for it.
         masks: (B, H, W) bool, True where a pixel is abnormal; None where it is not known.
+        class_name: what the images show, such as "brain", for models that read texts; None leaves it to them.
     """
 
     tensor: Tensor
@@ -31,9 +32,21 @@ class Features:
     image_size: tuple[int, int]
     intensity: Tensor | None = None
     masks: Tensor | None = None
+    class_name: str | None = None
 
     def __len__(self) -> int:
         return int(self.tensor.shape[0])
+
+    def part(self, start: int, stop: int) -> Features:
+        """Give the images from `start` to before `stop`, not copied."""
+        part = slice(start, stop)
+        return replace(
+            self,
+            tensor=self.tensor[part],
+            cls=None if self.cls is None else self.cls[part],
+            intensity=None if self.intensity is None else self.intensity[part],
+            masks=None if self.masks is None else self.masks[part],
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import Bank, knn_topk, providers
-from dinofast.ops.bank import _group, _pack, knn_bank
+from dinofast.ops import bank as bank_module
+from dinofast.ops.bank import knn_bank
+from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk_bank import FORMS
 
@@ -26,8 +28,8 @@ def forms(rows, metric):
     (one,) = Bank(rows, metric, "float32").packed
     return {
         "float32": [one],
-        "lowp": _pack(one, metric, None),
-        "pruned": _pack(one, metric, _group(one, 0)),
+        "lowp": pack(one, metric, None),
+        "pruned": pack(one, metric, group(one, 0)),
     }
 
 
@@ -90,7 +92,7 @@ def test_drawn_banks(data, metric, isa):
 def test_the_bound_on_the_quantization_error_holds_and_is_not_idle():
     """score + error of both sides is above the true score, score − 2 · error below; and not by much."""
     rows = torch.nn.functional.normalize(clustered(500, 384))
-    packed = SimpleNamespace(**dict(zip(FORMS, _pack(rows, "cosine", None), strict=False)))
+    packed = SimpleNamespace(**dict(zip(FORMS, pack(rows, "cosine", None), strict=False)))
     codes = packed.codes.view(-1, 96, 32, 4).permute(0, 2, 1, 3).reshape(-1, 384).double() - 128
     approximate = codes * packed.scale.double()[:, None]
     centered = (rows - packed.center).double()
@@ -185,7 +187,7 @@ def test_save_and_load_keep_every_number(tmp_path, strategy):
     ("tensors", "config", "message"),
     [
         ({"rows": torch.tensor([[10**9, 0]])}, {}, "must be a floating-point matrix, got torch.int64"),
-        ({"rows": torch.eye(2).double()}, {}, "rows must be float32, got torch.float64"),
+        ({"rows": torch.eye(2).double()}, {}, "rows must be contiguous float32, got torch.float64"),
         ({"rows": torch.ones(2)}, {}, r"must be a floating-point matrix, got torch.float32 \(2,\)"),
         ({"rows": torch.ones(0, 2)}, {}, "no rows or no channels"),
         ({"rows": torch.tensor([[1, 0], [math.nan, 1]])}, {}, "row 1 holds NaN or inf"),
@@ -288,13 +290,20 @@ def test_bad_searches_are_refused(call, message):
             call(Bank(torch.eye(3)[:, :2] + 1, strategy=strategy))
 
 
-def test_a_memory_mapped_bank_is_streamed(tmp_path):
-    rows = torch.randn(5000, 30)
+@pytest.mark.parametrize("streamed", [1 << 24, 30 * 70, 1])
+def test_a_memory_mapped_bank_is_streamed(tmp_path, monkeypatch, streamed):
+    """Whatever the blocks: rows come in few kinds, so that many are equally near."""
+    monkeypatch.setattr(bank_module, "STREAMED", streamed)
+    rows = torch.randn(40, 30)[torch.randint(40, (5000 if streamed > 1 else 50,))]
+    broken = len(rows) - 1
     np.save(tmp_path / "rows.npy", rows.numpy())
     for mode in ("r", "c"):
         bank = Bank(np.load(tmp_path / "rows.npy", mmap_mode=mode), "cosine")
         queries = torch.randn(20, 30)
+        queries[3, 3] = math.nan
         got, want = knn_topk(queries, bank, 3), knn_topk(queries, rows, 3)
+        got[0][3] = want[0][3] = 0
+        assert torch.equal(knn_topk(queries, bank, 50)[1], knn_topk(queries, rows, 50)[1])
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
         assert bank.strategy == "float32"
@@ -303,7 +312,91 @@ def test_a_memory_mapped_bank_is_streamed(tmp_path):
                 getattr(bank, name)(argument)
     with pytest.raises(InputError, match="searched by 'float32', not 'lowp'"):
         Bank(np.load(tmp_path / "rows.npy", mmap_mode="r"), strategy="lowp")
-    rows[4321, 7] = math.nan
+    rows[broken, 7] = math.nan
     np.save(tmp_path / "rows.npy", rows.numpy())
-    with pytest.raises(InputError, match="row 4321 holds NaN"):
+    with pytest.raises(InputError, match=f"row {broken} holds NaN"):
         Bank(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("row", lambda x: x.fill_(700), r"packed row numbers 700 \.\. 700, M is 700"),
+        ("row", lambda x: x.sub_(1), r"packed row numbers -2 \.\. 698"),
+        ("row", lambda x: x.clamp_max_(-1), "a column for each of 700 rows, got 0"),
+        ("row", lambda x: x[:-1], "whole panels of 32"),
+        ("row", lambda x: x.int(), "packed row must be contiguous torch.int64"),
+        ("codes", lambda x: x[:-1], r"packed codes must be contiguous torch.uint8 \("),
+        ("scale", lambda x: x[:1].expand(len(x)), r"packed scale must be contiguous .* of strides \(0,\)"),
+        ("center", lambda x: x[:20], "packed center must be"),
+        ("starts", lambda x: x.flip(0), "packed starts must rise from 0"),
+        ("starts", lambda x: x.clamp(min=32), "packed starts must rise from 0"),
+        ("starts", lambda x: torch.cat([x[:-1], x[-1:] + 32]), "packed starts must rise from 0"),
+        ("centroids", lambda x: x[:1], "packed centroids must be"),
+        ("basis", lambda x: torch.ones(21, 22), "packed basis has 22 directions in 21 channels"),
+        ("basis", lambda x: x[:, :4].contiguous(), "packed outline_codes must be"),
+        ("outline_weight", lambda x: x[:1], "packed outline_weight must be"),
+        ("outline_bias", lambda x: x.double(), "packed outline_bias must be"),
+    ],
+)
+def test_hand_made_lists_are_refused(form, change, message):
+    packed = [x.clone() for x in forms(clustered(700, 21), "cosine")["pruned"]]
+    if form == "basis":
+        assert packed[FORMS.index("basis")].shape == (21, 8)
+    at = FORMS.index(form)
+    packed[at] = change(packed[at])
+    with pytest.raises(RuntimeError, match=message):
+        knn_bank(torch.randn(3, 21), packed, 1, "cosine", 0)
+
+
+def test_lists_of_another_length_are_refused():
+    packed = forms(clustered(700, 21), "cosine")["pruned"]
+    for count in (2, 7, 9, 15):
+        with pytest.raises(RuntimeError, match=f"1, 8 or 16 tensors, got {count}"):
+            knn_bank(torch.randn(3, 21), packed[:count], 1, "cosine", 0)
+
+
+def test_the_bound_of_outlines_holds_and_is_not_idle():
+    """Codes of outlines, with the errors of both sides, are never below the true score."""
+    rows = torch.nn.functional.normalize(clustered(900, 96))
+    packed = SimpleNamespace(**dict(zip(FORMS, forms(rows, "cosine")["pruned"], strict=True)))
+    held, channels = packed.row >= 0, packed.basis.shape[1] + 4
+    assert channels == 52
+    codes = packed.outline_codes.view(-1, channels // 4, 32, 4).permute(0, 2, 1, 3).reshape(-1, channels)
+    approximate = (codes.double() - 128)[held] * packed.outline_scale[held, None].double()
+    centered = (rows - packed.center).double()[packed.row[held]]
+    inside = centered @ packed.basis.double()
+    outside = (centered - inside @ packed.basis.double().T).norm(dim=1)
+    assert torch.allclose(approximate[:, -4:].norm(dim=1), outside, atol=0.02)
+    truth = centered @ centered.T - centered.square().sum(1) / 2
+    # rows are their own queries, with the same part of the bound
+    error = packed.outline_bias[held].double() + centered.square().sum(1) / 2
+    upper = approximate @ approximate.T + packed.outline_bias[held].double() + error[:, None]
+    assert bool((upper >= truth).all())
+    assert float((upper - truth).median()) < 0.2
+
+
+def test_scaling_twice_is_scaling_once(isa):
+    rows = torch.randn(2000, 77) * 10.0 ** torch.linspace(-18, 18, 2000)[:, None]
+    rows[7] = 0
+    once = providers.unit_rows(rows)
+    assert torch.equal(providers.unit_rows(once), once)
+    assert not torch.equal(providers.unit_rows(1.001 * once), 1.001 * once)
+
+
+def test_adopted_rows_are_not_copied_and_give_the_same_bits():
+    rows, queries = clustered(5000, 40), clustered(50, 40)
+    unit = providers.unit_rows(rows)
+    for metric, own in (("cosine", unit), ("euclidean", rows)):
+        bank = Bank(own, metric, adopt=True)
+        assert bank.rows.data_ptr() == own.data_ptr()
+        for got, want in zip(
+            knn_topk(queries, bank, 3, metric), knn_topk(queries, rows, 3, metric), strict=True
+        ):
+            assert torch.equal(got, want)
+    with pytest.raises(InputError, match=r"has norm .*, not 1"):
+        Bank(rows, adopt=True)
+    with pytest.raises(InputError, match="must be contiguous float32"):
+        Bank(unit.T, adopt=True)
+    with pytest.raises(InputError, match="must be contiguous float32"):
+        Bank(unit.double(), adopt=True)

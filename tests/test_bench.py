@@ -68,7 +68,8 @@ def test_rows_have_norm_one_and_every_size_makes_what_its_operator_takes(bench):
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(300))
     for op, sizes in bench.shapes.SHAPES.items():
         for name, make in sizes.items():
-            if name.startswith("bank_1024x100000") or name in bench.shapes.SLOW:
+            slow = (op, name) in bench.shapes.SLOW
+            if slow or name.startswith(("bank_1024x100000", "bank_real")):
                 continue
             args = make()
             assert all(bool(x.isfinite().all()) for x in args if isinstance(x, torch.Tensor)), (op, name)

@@ -1,10 +1,9 @@
 """upsample_blur, cosine_map and farthest_point in native code: instruction sets, threads, shapes, NaN."""
 
-import math
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from drawing import DRAWN, DTYPES
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinofast import ops
@@ -14,15 +13,7 @@ from dinofast.testing import assert_kernel, cast_inputs
 
 native = pytest.importorskip("dinofast._native", reason="built without native kernels")
 NAMES = ("upsample_blur", "cosine_map", "farthest_point")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DRAWN = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 SIDE = st.integers(1, 40)
-SPECIAL = st.sampled_from([0.0, math.nan, math.inf, -math.inf, 1e-42, 1e18, -1e18])
 
 
 def kernel(name):
@@ -36,58 +27,11 @@ def threads():
     torch.set_num_threads(before)
 
 
-def sprinkled(draw, generator, *shape):
-    """Random numbers, some of them special."""
-    x = torch.randn(*shape, generator=generator)
-    for value in draw(st.lists(SPECIAL, max_size=4)):
-        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = value
-    return x
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sample(isa, name, dtype):
     for sample in OPS[name].samples():
         assert_kernel(OPS[name], kernel(name), cast_inputs(OPS[name], sample.args, dtype))
-
-
-@DRAWN
-@given(data=st.data())
-def test_upsample_blur_of_any_shape(isa, data):
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    maps = sprinkled(data.draw, generator, data.draw(st.integers(1, 3)), data.draw(SIDE), data.draw(SIDE))
-    if data.draw(st.booleans()):
-        maps = maps.transpose(1, 2)
-    size = [data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))]
-    sigma = data.draw(st.sampled_from([0.0, 0.1, 0.3, 1.0, 4.0, 25.0]))
-    args = (maps, size, sigma, data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(BOUNDARIES)))
-    assert_kernel(OPS["upsample_blur"], kernel("upsample_blur"), args)
-
-
-@DRAWN
-@given(data=st.data())
-def test_cosine_map_of_any_shape(isa, data):
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    b, h, w = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
-    d, k = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 40))
-    features = sprinkled(data.draw, generator, b, h, w, d)
-    mask = torch.rand(b, h, w, generator=generator) > 0.3 if data.draw(st.booleans()) else None
-    size = [data.draw(SIDE), data.draw(SIDE)]
-    args = (features, torch.randn(k, d, generator=generator), size, mask)
-    assert_kernel(OPS["cosine_map"], kernel("cosine_map"), args)
-
-
-@DRAWN
-@given(data=st.data())
-def test_farthest_point_of_any_shape(isa, data):
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    n, d = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 70))
-    rows = sprinkled(data.draw, generator, n, d)
-    if data.draw(st.booleans()):
-        rows = rows.round()
-    near = sprinkled(data.draw, generator, n).abs() * d**0.5
-    args = (rows[:, data.draw(st.integers(0, d - 1)) :], near, torch.tensor(data.draw(st.integers(0, n - 1))))
-    assert_kernel(OPS["farthest_point"], kernel("farthest_point"), args)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """The memory bank against independent derivations in NumPy float64, SciPy and scikit-learn."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from scipy import ndimage
 from sklearn.decomposition import PCA
 
 from dinofast.errors import InputError
-from dinofast.models import create
+from dinofast.models import create, memory_bank
 from dinofast.models.foreground import foreground_mask
 from dinofast.models.memory_bank import MemoryBank
 from dinofast.models.row_store import RowStore
+from dinofast.ops import providers
 from dinofast.types import Features
 
 SIZE = (90, 71)
@@ -370,7 +372,8 @@ def test_row_store_crosses_blocks(monkeypatch):
 
 PEAK = """
 import torch
-from dinofast.models import create
+from dinofast.models import create, memory_bank
+from dinofast.ops import providers
 from dinofast.types import Features
 
 def peak():
@@ -399,3 +402,58 @@ def test_fit_does_not_hold_the_bank_twice():
     bank, extra = map(float, output.split())
     assert bank == 320
     assert extra < 1.5 * bank, f"{extra} MiB for a bank of {bank} MiB"
+
+
+@pytest.mark.parametrize(("metric", "k"), [("cosine", 1), ("cosine", 3), ("euclidean", 1), ("euclidean", 3)])
+def test_a_prepared_bank_changes_no_bit(metric, k, monkeypatch):
+    references, tokens = features(clustered(4, 36, 36)), features(clustered(2, 20, 20, seed=1))
+    model = MemoryBank(n_neighbors=k, metric=metric).fit([references])
+    assert len(model.bank) >= memory_bank.MANY
+    state = model.state()
+    found = model.patch_scores(tokens)
+    if providers.no_codes(24):
+        pytest.skip(providers.no_codes(24))
+    assert model._prepared[2].rows.data_ptr() == model.bank.data_ptr()
+    assert model._prepared[2].strategy != "float32" or not providers.has_int8()
+    assert list(model.state()) == ["bank"]
+    assert torch.equal(model.state()["bank"], state["bank"])
+    assert torch.equal(model.patch_scores(tokens), found)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_bank.providers, "no_codes", lambda d: "none here")
+        model._prepared = None
+        assert torch.equal(model.patch_scores(tokens), found)
+        assert model._prepared is None
+    monkeypatch.setattr(memory_bank, "MANY", 10**9)
+    np.testing.assert_allclose(model.patch_scores(tokens), found, rtol=0, atol=1e-6)
+
+
+def test_a_prepared_bank_goes_with_its_rows(tmp_path):
+    references, tokens = features(clustered(4, 36, 36)), features(clustered(1, 9, 9, seed=1))
+    if providers.no_codes(24):
+        pytest.skip(providers.no_codes(24))
+
+    def prepared():
+        model = MemoryBank().fit([references])
+        model.patch_scores(tokens)
+        assert model._prepared is not None
+        return model
+
+    other = MemoryBank().fit([tokens])
+    for change in (
+        lambda model: model.fit([references]),
+        lambda model: model.partial_fit(tokens),
+        lambda model: model.merge(other),
+        lambda model: model.to("cpu"),
+        lambda model: model.load_state(model.state()),
+    ):
+        model = prepared()
+        change(model)
+        assert model._prepared is None
+    model = prepared()
+    assert float(model.merge(other).patch_scores(tokens).max()) < 1e-6
+    assert copy.deepcopy(model)._prepared is None
+    model.bank.neg_()
+    assert float(model.patch_scores(tokens).min()) > 0.1
+    model.bank.mul_(3)  # not what a fit gives: searched as it is
+    assert torch.isfinite(model.patch_scores(tokens)).all()
+    assert model._prepared is None or model._prepared[1] != model.bank._version

@@ -7,7 +7,8 @@
 namespace dinofast {
 namespace {
 
-constexpr double UNIT = 0x1p-24;  // largest relative error of one float32 rounding
+constexpr double UNIT = 0x1p-24;         // largest relative error of one float32 rounding
+constexpr double UNIT_SQUARE = 0x1p-20;  // how far from 1 a squared norm may be
 
 struct Neighbor {
     float distance;
@@ -28,7 +29,7 @@ float product_error(int64_t d) {
 bool Measure::unit_row(const float* x, float* out) const {
     const double sum = sq_norm(x);
     if (!std::isfinite(sum)) return false;
-    const double scale = sum == 0 ? 0 : 1 / std::sqrt(sum);
+    const double scale = sum == 0 ? 0 : std::abs(sum - 1) <= UNIT_SQUARE ? 1 : 1 / std::sqrt(sum);
     for (int64_t k = 0; k < d; ++k) out[k] = static_cast<float>(x[k] * scale);
     return true;
 }
@@ -87,13 +88,21 @@ void Candidates::settle(int64_t q) {
 
 void Candidates::offer(int64_t q, float score, float error, int64_t index, const Measure& measure,
                        const Bank& bank, float* buffer) {
-    Query& query = queries_[q];
+    const Query& query = queries_[q];
     if (query.settled || score < threshold_[q]) return;
-    Candidate candidate{score + query.error, score - 2 * error - query.error, index};
-    if (eager_ && score - error > limit(q)) {
-        const float distance = measure.distance(query.x, bank.get(measure, index, buffer));
-        candidate = decided(q, distance, index, measure.metric);
-    }
+    if (eager_ && score - error > limit(q)) return decide(q, index, measure, bank, buffer);
+    keep(q, {score + query.error, score - 2 * error - query.error, index}, measure, bank, buffer);
+}
+
+void Candidates::decide(int64_t q, int64_t index, const Measure& measure, const Bank& bank, float* buffer) {
+    if (queries_[q].settled) return;
+    const float distance = measure.distance(queries_[q].x, bank.get(measure, index, buffer));
+    keep(q, decided(q, distance, index, measure.metric), measure, bank, buffer);
+}
+
+void Candidates::keep(int64_t q, Candidate candidate, const Measure& measure, const Bank& bank,
+                      float* buffer) {
+    Query& query = queries_[q];
     if (std::isnan(candidate.upper)) candidate.upper = INFINITY;
     if (std::isnan(candidate.lower)) candidate.lower = -INFINITY;
     candidates_[q * room_ + query.found++] = candidate;

@@ -27,7 +27,8 @@ struct Measure {
     // Squared norm in float64.
     double sq_norm(const float* x) const { return tile.lines.sq_distance(x, origin, d); }
 
-    // Scale x to unit norm into out; a zero row stays zero. False when x holds NaN or inf.
+    // Scale x to unit norm into out; a zero row stays zero, and so does a row that float32 rounding may have
+    // left so: scaling twice is scaling once. False when x holds NaN or inf.
     bool unit_row(const float* x, float* out) const;
 
     // In [0, 2] for cosine; a zero row is at distance 1 from everything.
@@ -71,6 +72,9 @@ class Candidates {
     void offer(int64_t q, float score, float error, int64_t index, const Measure& measure, const Bank& bank,
                float* buffer);
 
+    // A row to be compared at once.
+    void decide(int64_t q, int64_t index, const Measure& measure, const Bank& bank, float* buffer);
+
     // Decide: distance (k,) ascending, index (k,); equal distances in ascending order of index.
     void finish(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance,
                 int64_t* index);
@@ -88,6 +92,7 @@ class Candidates {
         bool settled;
     };
 
+    void keep(int64_t q, Candidate candidate, const Measure& measure, const Bank& bank, float* buffer);
     void keep_possible(int64_t q);
     void raise(int64_t q, float lower);
     void resolve(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance);

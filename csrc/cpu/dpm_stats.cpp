@@ -1,6 +1,7 @@
 #include "dpm_stats.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <vector>
 
@@ -18,6 +19,7 @@ struct Block {
     int64_t stride, count;
     const float* rest;     // (BLOCK, lanes): the channels after the last whole run of lanes, 0 after the end
     const float* weights;  // see Screen::assign
+    const bool* held;      // the same
     bool first;            // nothing is in the results yet
 
     // The lanes from channel c on of every row: where they start, and how far apart they are.
@@ -46,13 +48,12 @@ class Sums {
         int32_t* rows = rows_.get() + BLOCK * thread_number();
         float* weights = weights_.get() + BLOCK * wide * thread_number();
         const float* source = block.weights + group * BLOCK * wide;
+        const bool* held = block.held + group * BLOCK;
         int64_t used = 0;
-        for (int64_t i = 0; i < block.count; ++i, source += wide) {
-            float total = 0;
-            for (int64_t r = 0; r < wide; ++r) total += source[r];
-            if (total == 0) continue;
+        for (int64_t i = 0; i < block.count; ++i) {
+            if (!held[i]) continue;
             rows[used] = static_cast<int32_t>(i);
-            std::copy(source, source + wide, weights + used++ * wide);
+            std::copy(source + i * wide, source + (i + 1) * wide, weights + used++ * wide);
         }
         if (part == 0) {
             for (int64_t n = 0; n < used; ++n) {
@@ -85,10 +86,11 @@ class Sums {
         int32_t* rows = rows_.get() + BLOCK * thread_number();
         float* weights = weights_.get() + BLOCK * wide * thread_number();
         const float* source = block.weights + k / wide * BLOCK * wide + k % wide;
+        const bool* held = block.held + k / wide * BLOCK;
         float* second = out_.second + k * d * d;
         int64_t used = 0;
         for (int64_t i = 0; i < block.count; ++i) {
-            if (source[i * wide] != 0) rows[used++] = static_cast<int32_t>(i);
+            if (held[i] && source[i * wide] != 0) rows[used++] = static_cast<int32_t>(i);
         }
         const int64_t runs = (d + wide - 1) / wide;
         alignas(64) float sums[MAX_COMPONENTS * MAX_LANES];
@@ -143,18 +145,23 @@ class Sums {
 }  // namespace
 
 int64_t dpm_stats(const Tile& chosen, const Mixture& mixture, const Rows& x, const MixtureSums& out,
-                  int64_t* evaluated, int threads) {
+                  int64_t* evaluated, double* expectation, int threads) {
     const MixtureTile& tile = *chosen.mixture;
     const int64_t n = x.count, d = x.d, k = mixture.components, wide = tile.components, lanes = tile.lanes;
     const int64_t second_size = mixture.full ? k * d * d : k * d;
 #ifndef _OPENMP
     threads = 1;
 #endif
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point begun = Clock::now();
+    Clock::duration spent{};
     const Screen screen(tile, mixture, threads);
+    spent += Clock::now() - begun;
     if (screen.failed() >= 0) return screen.failed();
     const int64_t held = std::min(n, BLOCK), groups = (k + wide - 1) / wide;
     const int64_t patches = Screen::patches(mixture.full);
     const Array<float> weights = allocate<float>(groups * BLOCK * wide);
+    const Array<bool> held_rows = allocate<bool>(groups * BLOCK);
     const Array<float> converted = allocate<float>(x.element == Element::float32 ? 1 : held * d);
     const Array<float> rest = allocate<float>(held * lanes);
     const Array<char> scratch = allocate<char>(screen.scratch() * threads);
@@ -170,7 +177,9 @@ int64_t dpm_stats(const Tile& chosen, const Mixture& mixture, const Rows& x, con
         const int64_t count = std::min(BLOCK, n - start);
         const bool whole = x.element == Element::float32;
         const float* y = whole ? static_cast<const float*>(x.data) + start * x.stride : converted.get();
-        const Block block{y, whole ? x.stride : d, count, rest.get(), weights.get(), start == 0};
+        const Block block{y,         whole ? x.stride : d, count, rest.get(), weights.get(), held_rows.get(),
+                          start == 0};
+        begun = Clock::now();
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
 #pragma omp for schedule(dynamic) reduction(|| : broken) reduction(+ : total)
@@ -182,10 +191,12 @@ int64_t dpm_stats(const Tile& chosen, const Mixture& mixture, const Rows& x, con
                     std::copy(from + d / lanes * lanes, from + d, to);
                     std::fill(to + d % lanes, to + lanes, 0.0f);
                 }
-                total += screen.assign(y + i * block.stride, block.stride, some,
-                                       out.log_likelihood + start + i, weights.get() + i * wide, BLOCK * wide,
-                                       &broken, scratch.get() + screen.scratch() * thread_number());
+                total +=
+                    screen.assign(y + i * block.stride, block.stride, some, out.log_likelihood + start + i,
+                                  weights.get() + i * wide, held_rows.get() + i, BLOCK, &broken,
+                                  scratch.get() + screen.scratch() * thread_number());
             }
+            if (thread_number() == 0) spent += Clock::now() - begun;
 #pragma omp for schedule(dynamic) nowait
             for (int64_t t = 0; t < moments; ++t) sums.moments(block, t / parts, t % parts, parts);
 #pragma omp for schedule(dynamic)
@@ -193,6 +204,7 @@ int64_t dpm_stats(const Tile& chosen, const Mixture& mixture, const Rows& x, con
         }
     }
     *evaluated = total;
+    *expectation = std::chrono::duration<double>(spent).count();
     if (broken && n > 0) {
         if (!screen.finite()) std::fill(out.log_likelihood, out.log_likelihood + n, NAN);
         std::fill(out.count, out.count + k, NAN);

@@ -1,15 +1,21 @@
 // The int8 sieve: as Tile::sieve, four channels a step, for rows quantized with a scale each.
 //
-// A tile holds quads of channels, Int8Tile::ROWS times 4 signed codes; a panel holds quads of channels, 32
-// columns of 4 codes counted from -128.
+// A tile holds runs of Int8Tile::RUN channels, row after row, of signed codes; a panel holds quads of
+// channels, 32 columns of 4 codes counted from -128.
 #pragma once
 
 #include "tile.h"
 
 namespace dinofast {
 
+// What became of a row: codes times scale, the norms of the row and of the rest, the sum of the codes.
+struct Quantized {
+    float scale, rest, norm;
+    int32_t sum;
+};
+
 struct Int8Tile {
-    static constexpr int ROWS = 12, COLUMNS = 32;
+    static constexpr int ROWS = 12, COLUMNS = 32, RUN = 64;
     static constexpr int64_t MAX_D = 1 << 16;  // the sums of products fit 32 bits
 
     const char* name;
@@ -19,6 +25,17 @@ struct Int8Tile {
     int64_t (*sieve)(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                      const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                      const float* bias, const float* threshold, Hit* hits);
+
+    // As Tile::products, of quantized rows: row_scale[row] * scale[column] * product + bias[column]. Null
+    // where float32 is as fast.
+    void (*products)(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
+                     const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
+                     const float* bias, float* out, int64_t stride);
+
+    // Quantize x - center (d,) into runs of codes, `stride` bytes from run to run, 0 behind the last channel.
+    // The norms are rounded up. Rows whose largest channel is not between 1e-12 and 1e12 get scale 0 and,
+    // unless they are 0, an infinite rest. Null with `products`.
+    Quantized (*quantize)(const float* x, const float* center, int64_t d, int8_t* codes, int64_t stride);
 };
 
 extern const Int8Tile baseline_int8_tile;

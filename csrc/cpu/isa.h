@@ -11,39 +11,45 @@
 
 namespace dinofast {
 
+struct Isa {
+    const char* name;
+    const Tile& tile;
+    const Int8Tile& int8;
+};
+
 // Worst first; the last is the default.
-inline const std::vector<const Tile*>& available_tiles() {
-    static const std::vector<const Tile*> tiles = [] {
-        std::vector<const Tile*> found{&baseline_tile};
+inline const std::vector<Isa>& available_isas() {
+    static const std::vector<Isa> isas = [] {
+        std::vector<Isa> found{{baseline_tile.name, baseline_tile, baseline_int8_tile}};
 #ifdef DINOFAST_X86
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        if (avx2) found.push_back(&avx2_tile);
-        if (avx2 && __builtin_cpu_supports("avx512f")) found.push_back(&avx512_tile);
+        if (avx2) found.push_back({avx2_tile.name, avx2_tile, baseline_int8_tile});
+        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+        if (avx512) found.push_back({avx512_tile.name, avx512_tile, baseline_int8_tile});
+        if (avx512 && __builtin_cpu_supports("avx512vnni")) {
+            found.push_back({avx512_vnni_tile.name, avx512_tile, avx512_vnni_tile});
+        }
 #endif
         return found;
     }();
-    return tiles;
+    return isas;
 }
 
 // Throws std::invalid_argument when DINOFAST_ISA names nothing that this processor has.
-inline const Tile& chosen_tile() {
+inline const Isa& chosen_isa() {
     const char* wanted = std::getenv("DINOFAST_ISA");
-    if (wanted == nullptr || *wanted == '\0') return *available_tiles().back();
+    if (wanted == nullptr || *wanted == '\0') return available_isas().back();
     std::string names;
-    for (const Tile* tile : available_tiles()) {
-        if (std::string(wanted) == tile->name) return *tile;
-        names += std::string(names.empty() ? "" : ", ") + tile->name;
+    for (const Isa& isa : available_isas()) {
+        if (std::string(wanted) == isa.name) return isa;
+        names += std::string(names.empty() ? "" : ", ") + isa.name;
     }
     throw std::invalid_argument("DINOFAST_ISA=" + std::string(wanted) +
                                 ": unknown or not on this processor; available: " + names);
 }
 
-// What goes with the chosen tile; the plain one where the processor has no such instructions.
-inline const Int8Tile& chosen_int8_tile() {
-#ifdef DINOFAST_X86
-    if (&chosen_tile() == &avx512_tile && __builtin_cpu_supports("avx512vnni")) return avx512_vnni_tile;
-#endif
-    return baseline_int8_tile;
-}
+inline const Tile& chosen_tile() { return chosen_isa().tile; }
+
+inline const Int8Tile& chosen_int8_tile() { return chosen_isa().int8; }
 
 }  // namespace dinofast

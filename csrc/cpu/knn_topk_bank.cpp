@@ -1,13 +1,17 @@
 #include "knn_topk_bank.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <functional>
+#include <limits>
 #include <numeric>
+#include <optional>
 
+#include "group_bounds.h"
 #include "memory.h"
+#include "query_codes.h"
 #include "threads.h"
 
 namespace dinofast {
@@ -17,41 +21,47 @@ constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS;
 constexpr int64_t PRIVATE = 384 << 10;  // bytes of codes that one thread reads again and again from its L2
 constexpr int64_t TILES = 8;            // tiles that one thread takes at a time
 constexpr int64_t CHUNK_OF_QUERIES = 1024;
+constexpr int64_t TILES_OF_CHUNK = (CHUNK_OF_QUERIES + ROWS - 1) / ROWS;
+constexpr int64_t BLOCK = 6 * ROWS;  // queries that look into groups together
+constexpr float MOST = std::numeric_limits<float>::max();
+constexpr int64_t DENSE = 16;  // pairs of a panel and a tile from which scanning is faster than deciding each
+
+// Columns compared by outlines, by codes, and those that outlines left over.
+using Compared = std::array<int64_t, 3>;
 
 class BankSearch {
   public:
     BankSearch(const Measure& measure, const Int8Tile& int8, const PackedBank& bank, int k, int64_t probes,
                int threads)
         : measure_(measure),
-          int8_(int8),
           bank_(bank),
           d_(measure.d),
-          quads_(quads(measure.d)),
           probes_(probes),
-          group_(std::max(PRIVATE / (4 * quads_) / COLUMNS, int64_t{1}) * COLUMNS),
+          group_(std::max(PRIVATE / (4 * quads(measure.d)) / COLUMNS, int64_t{1}) * COLUMNS),
           k_(k),
           threads_(threads),
-          gamma_(product_error(measure.d)) {
-        own_ = 4 * (d_ + 16) + (ROWS + 2) * bank.groups;
+          gamma_(product_error(measure.d)),
+          drawn_error_(bank.groups > 0 ? gamma_ + 4 * bank.outline.error(measure.d) : 0),
+          codes_(int8, TILES_OF_CHUNK, measure.d),
+          drawn_(int8, TILES_OF_CHUNK, bank.groups > 0 ? bank.outline.channels() : 0) {
+        own_ = 4 * (d_ + 16) + (BLOCK + 2) * bank.groups;
         own_ = round_up(std::max(own_, d_ + measure.tile.rows * padded_depth(d_)), 16);
         scratch_ = allocate<float>(own_ * threads);
         orders_ = allocate<int64_t>(bank.groups * threads);
-        hits_ = allocate<Hit>(ROWS * group_ * threads);
+        own_codes_ = round_up(codes_.codes_of_tile() + drawn_.codes_of_tile(), 16);
+        gathered_ = allocate<int32_t>(own_codes_ * threads);
+        own_hits_ = std::max(ROWS * (group_ + COLUMNS), GroupBounds::HITS);
+        hits_ = allocate<Hit>(own_hits_ * threads);
     }
 
     void search(const Rows& queries, float* distance, int64_t* index, int64_t* visited) {
         const int64_t chunk = std::min(queries.count, CHUNK_OF_QUERIES);
-        const int64_t tiles = (chunk + ROWS - 1) / ROWS;
         prepared_ = allocate<float>(chunk * d_);
-        to_group_ = allocate<float>(chunk * bank_.groups);
-        pack_centroids();
+        if (bank_.groups > 0) bounds_.emplace(measure_, bank_, chunk);
         nearest_ = allocate<int64_t>(chunk);
         order_ = allocate<int64_t>(chunk);
         sq_norm_ = allocate<double>(chunk);
         whole_ = allocate<bool>(chunk);
-        tiles_ = allocate<int32_t>(tiles * quads_ * ROWS);
-        scale_ = allocate<float>(tiles * ROWS);
-        sum_ = allocate<int32_t>(tiles * ROWS);
         Candidates candidates(chunk, k_, true);
         for (int64_t start = 0; start < queries.count; start += chunk) {
             search_chunk(queries, start, std::min(chunk, queries.count - start), candidates, distance, index,
@@ -67,12 +77,12 @@ class BankSearch {
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         {
             float* const mine = scratch_.get() + own_ * thread_number();
-            Hit* const hits = hits_.get() + ROWS * group_ * thread_number();
+            Hit* const hits = hits_.get() + own_hits_ * thread_number();
             for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q, mine);
 #pragma omp barrier
             if (bank_.groups > 0) {
                 for (int64_t t; (t = next_search.fetch_add(1)) * measure_.tile.rows < count;) {
-                    find_groups(t, count, hits, mine);
+                    bounds_->find(t, count, prepared_.get(), sq_norm_.get(), nearest_.get(), hits, mine);
                 }
             }
 #pragma omp barrier
@@ -84,15 +94,16 @@ class BankSearch {
             }
             for (int64_t t; (t = next_pack.fetch_add(1)) < tiles;) pack(t, count, candidates, mine);
 #pragma omp barrier
-            const int64_t step = bank_.groups > 0 ? 1 : std::clamp<int64_t>(tiles / (4 * threads_), 1, TILES);
+            const int64_t step =
+                bank_.groups > 0 ? BLOCK / ROWS : std::clamp<int64_t>(tiles / (4 * threads_), 1, TILES);
             for (int64_t t; (t = next_tile.fetch_add(step)) < tiles;) {
-                const int64_t end = std::min(t + step, tiles);
+                const int64_t begin = t * ROWS, end = std::min((t + step) * ROWS, count);
                 if (bank_.groups > 0) {
-                    scan_groups(t, count, candidates, hits, mine, visited + start);
+                    scan_groups(begin, end, candidates, hits, mine, visited + 3 * start);
                 } else {
-                    scan_all(t, end, count, candidates, hits, mine, visited + start);
+                    scan_all(begin, end, count, candidates, hits, mine, visited + 3 * start);
                 }
-                for (int64_t i = t * ROWS; i < std::min(end * ROWS, count); ++i) {
+                for (int64_t i = begin; i < end; ++i) {
                     const int64_t out = start + order_[i];
                     finish(i, candidates, mine, distance + out * k_, index + out * k_);
                 }
@@ -120,160 +131,177 @@ class BankSearch {
         sq_norm_[q] = measure_.tile.lines.sq_distance(x, bank_.center, d_);
     }
 
-    // Pack centroids - center for the float32 tile.
-    void pack_centroids() {
-        const Tile& tile = measure_.tile;
-        const int64_t groups = bank_.groups, width = tile.columns, stride = padded_depth(d_);
-        const int64_t columns = round_up(groups, width);
-        panels_ = allocate<float>(columns * d_);
-        half_ = allocate<float>(columns);
-        const Array<float> rows = allocate<float>(width * stride);
-        for (int64_t c = 0; c < columns; c += width) {
-            std::fill(rows.get(), rows.get() + width * stride, 0.0f);
-            for (int64_t i = c; i < c + width; ++i) {
-                float* const row = rows.get() + (i - c) * stride;
-                if (i < groups) subtract(bank_.centroids + i * d_, bank_.center, d_, row);
-                half_[i] = static_cast<float>(-measure_.sq_norm(row) / 2);
-            }
-            interleave(tile, rows.get(), d_, panels_.get() + c * d_);
-        }
-    }
-
-    // For the queries of float32 tile t: at least how far each centroid is, and which is nearest.
-    void find_groups(int64_t t, int64_t count, Hit* hits, float* buffer) {
-        const Tile& tile = measure_.tile;
-        const int64_t groups = bank_.groups, first = t * tile.rows;
-        float threshold[MAX_ROWS];
-        std::fill(threshold, threshold + MAX_ROWS, -INFINITY);
-        float* const packed = buffer + d_;
-        std::fill(packed, packed + tile.rows * padded_depth(d_), 0.0f);
-        for (int64_t r = 0; r < std::min<int64_t>(tile.rows, count - first); ++r) {
-            subtract(prepared_.get() + (first + r) * d_, bank_.center, d_, buffer);
-            for (int64_t k = 0; k < d_; ++k) {
-                packed[k / DEPTH * DEPTH * tile.rows + r * DEPTH + k % DEPTH] = buffer[k];
-            }
-        }
-        for (int64_t c = 0; c < groups; c += group_) {
-            const int64_t found = tile.sieve(packed, panels_.get() + c * d_, std::min(group_, groups - c), d_,
-                                             half_.get() + c, threshold, hits);
-            for (int64_t h = 0; h < found; ++h) {
-                const int64_t q = first + hits[h].row, g = c + hits[h].column;
-                if (q >= count) continue;
-                const double own = sq_norm_[q], square = own - 2.0 * hits[h].score;
-                const double least = square - 1.01 * gamma_ * (own - 2.0 * half_[g]) - TINY;
-                to_group_[q * groups + g] = least > 0 ? static_cast<float>(std::sqrt(least)) : 0;  // NaN: 0
-            }
-        }
-        for (int64_t q = first; q < std::min(first + tile.rows, count); ++q) {
-            const float* to_group = to_group_.get() + q * groups;
-            nearest_[q] = std::min_element(to_group, to_group + groups) - to_group;
-        }
-    }
-
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        int32_t* const out = tiles_.get() + t * quads_ * ROWS;
-        std::fill(out, out + quads_ * ROWS, 0);
         int8_t* const codes = reinterpret_cast<int8_t*>(buffer + d_ + 16);
-        for (int64_t r = 0; r < ROWS; ++r) {
-            const int64_t i = t * ROWS + r;
-            scale_[i] = 0;
-            sum_[i] = 0;
-            if (i >= count) continue;
+        float* const drawn = buffer + 2 * (d_ + 16);
+        const bool outlined = bank_.groups > 0;
+        codes_.clear(t);
+        if (outlined) drawn_.clear(t);
+        for (int64_t i = t * ROWS; i < std::min((t + 1) * ROWS, count); ++i) {
             const int64_t q = order_[i];
             const float* x = prepared_.get() + q * d_;
             subtract(x, bank_.center, d_, buffer);
-            std::fill(codes, codes + quads_ * 4, 0);
-            const Quantized found = quantize(buffer, d_, codes);
-            for (int64_t quad = 0; quad < quads_; ++quad) {
-                std::memcpy(out + quad * ROWS + r, codes + quad * 4, 4);
-            }
-            scale_[i] = found.scale;
-            sum_[i] = found.sum;
-            const float error = quantization_error(found.norm, found.rest, *bank_.weight, gamma_);
-            candidates.start(i, x, sq_norm_[q], error);
+            codes_.fill(i, buffer, *bank_.weight, gamma_, codes);
+            candidates.start(i, x, sq_norm_[q], codes_.error(i));
             const bool zero = measure_.metric == Metric::cosine && measure_.sq_norm(x) == 0;
             if (!whole_[q] || zero) candidates.settle(i);
+            if (!outlined) continue;
+            bank_.outline.draw(measure_.tile.lines, buffer, d_, sq_norm_[q], drawn);
+            drawn_.fill(i, drawn, *bank_.outline.weight, drawn_error_, codes);
         }
     }
 
-    // Columns first .. first + columns against tile t.
-    void scan(int64_t t, int64_t count, int64_t first, int64_t columns, Candidates& candidates, Hit* hits,
-              float* buffer) {
-        float threshold[ROWS];
-        for (int64_t r = 0; r < ROWS; ++r) {
-            const int64_t i = t * ROWS + r;
-            threshold[r] = i < count ? candidates.threshold(i) : INFINITY;
-        }
-        const int64_t found = int8_.sieve(tiles_.get() + t * quads_ * ROWS, scale_.get() + t * ROWS,
-                                          sum_.get() + t * ROWS, bank_.codes + first * quads_ * 4, columns,
-                                          quads_, bank_.scale + first, bank_.bias + first, threshold, hits);
-        for (int64_t h = 0; h < found; ++h) {
-            const int64_t i = t * ROWS + hits[h].row, column = first + hits[h].column;
-            if (i >= count || bank_.index[column] < 0) continue;
-            candidates.offer(i, hits[h].score, bank_.error[column], bank_.index[column], measure_, bank_.rows,
-                             buffer);
-        }
-    }
-
+    // All columns against the queries from begin, the first of a tile, to end.
     void scan_all(int64_t begin, int64_t end, int64_t count, Candidates& candidates, Hit* hits, float* buffer,
                   int64_t* visited) {
         for (int64_t c = 0; c < bank_.columns; c += group_) {
-            for (int64_t t = begin; t < end; ++t) {
-                scan(t, count, c, std::min(group_, bank_.columns - c), candidates, hits, buffer);
+            for (int64_t first = begin; first < end; first += ROWS) {
+                int64_t queries[ROWS];
+                std::iota(queries, queries + ROWS, first);
+                const int64_t n = std::min<int64_t>(ROWS, count - first);
+                scan(first / ROWS, queries, n, c, std::min(group_, bank_.columns - c), candidates, hits,
+                     buffer);
             }
         }
-        for (int64_t i = begin * ROWS; i < std::min(end * ROWS, count); ++i)
-            visited[order_[i]] = bank_.columns;
+        for (int64_t i = begin; i < end; ++i) tell(i, {0, bank_.columns, 0}, visited);
     }
 
-    // Groups in the order of the best score that one may hold; those that cannot help any query are skipped.
-    void scan_groups(int64_t t, int64_t count, Candidates& candidates, Hit* hits, float* buffer,
+    // Columns first .. first + columns against a tile of n queries, a number or a QueryTile.
+    template <class TileOfQueries>
+    void scan(const TileOfQueries& tile, const int64_t* queries, int64_t n, int64_t first, int64_t columns,
+              Candidates& candidates, Hit* hits, float* buffer) {
+        float threshold[ROWS];
+        for (int64_t r = 0; r < ROWS; ++r) threshold[r] = r < n ? candidates.threshold(queries[r]) : INFINITY;
+        const int64_t found =
+            codes_.sieve(tile, bank_.codes, bank_.scale, bank_.bias, first, columns, threshold, hits);
+        for (int64_t h = 0; h < found; ++h) {
+            const int64_t column = first + hits[h].column;
+            if (hits[h].row >= n || bank_.index[column] < 0) continue;
+            candidates.offer(queries[hits[h].row], hits[h].score, bank_.error[column], bank_.index[column],
+                             measure_, bank_.rows, buffer);
+        }
+    }
+
+    // The groups nearest to each query from begin to end, then the others in the order of the best score that
+    // one may hold; a query skips groups that cannot help it.
+    void scan_groups(int64_t begin, int64_t end, Candidates& candidates, Hit* hits, float* buffer,
                      int64_t* visited) {
-        const int64_t groups = bank_.groups, rows = std::min<int64_t>(ROWS, count - t * ROWS);
-        float* const most = buffer + 4 * (d_ + 16);  // (groups, ROWS): the best score of a query in a group
-        float* const key = most + groups * ROWS;
-        float enough[ROWS];
+        const int64_t groups = bank_.groups, n = end - begin;
+        float* const most = buffer + 4 * (d_ + 16);  // (groups, BLOCK): the best score of a query in a group
+        float* const key = most + groups * BLOCK;
+        float enough[BLOCK], bar[BLOCK];
+        Compared compared[BLOCK] = {};
+        for (int64_t r = 0; r < n; ++r) {
+            const int64_t q = order_[begin + r];
+            bounds_->best(q, sq_norm_[q], BLOCK, most + r);
+            enough[r] = probes_ > 0 ? probe_limit(most, r, key) : -INFINITY;
+            bar[r] = candidates.threshold(begin + r) == INFINITY ? INFINITY : -MOST;
+        }
+        const auto visit = [&](int64_t g, const int64_t* wanted, int64_t count) {
+            const int64_t first = bank_.starts[g], columns = bank_.starts[g + 1] - first;
+            for (int64_t i = 0; i < count; i += ROWS) {
+                sift(begin, wanted + i, std::min<int64_t>(ROWS, count - i), first, columns, candidates, hits,
+                     buffer, compared);
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t r = wanted[i];
+                const float limit = candidates.limit(begin + r);
+                most[g * BLOCK + r] = -INFINITY;
+                if (limit > -INFINITY) bar[r] = std::max(limit, enough[r]);
+            }
+        };
+        int64_t wanted[BLOCK];
+        for (int64_t r = 0, next; r < n; r = next) {
+            const int64_t g = nearest_[order_[begin + r]];
+            int64_t count = 0;
+            for (next = r; next < n && nearest_[order_[begin + next]] == g; ++next) {
+                if (bar[next] < INFINITY) wanted[count++] = next;
+            }
+            visit(g, wanted, count);
+        }
         int64_t* const order = orders_.get() + groups * thread_number();
-        for (int64_t g = 0; g < groups; ++g) key[g] = -INFINITY;
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t q = order_[t * ROWS + r];
-            const double own = sq_norm_[q];
-            const bool settled = candidates.threshold(t * ROWS + r) == INFINITY;
-            for (int64_t g = 0; g < groups; ++g) {
-                const double far = to_group_[q * groups + g];
-                const double gap = std::max(far - bank_.radius[g], 0.0);
-                const double score = (own - gap * gap) / 2 + 1e-6 * (own + far * far) + TINY;
-                float& best = most[g * ROWS + r];
-                best = settled ? -INFINITY : std::abs(score) < 1e38 ? static_cast<float>(score) : INFINITY;
-                key[g] = std::max(key[g], best);
-            }
-            enough[r] = probes_ > 0 ? probe_limit(most, r, key + groups) : -INFINITY;
+        int64_t left = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            const float* const best = most + g * BLOCK;
+            key[g] = -INFINITY;
+            for (int64_t r = 0; r < n; ++r) key[g] = std::max(key[g], best[r] < bar[r] ? -INFINITY : best[r]);
+            if (key[g] > -INFINITY) order[left++] = g;
         }
-        std::iota(order, order + groups, int64_t{0});
-        std::stable_sort(order, order + groups, [key](int64_t a, int64_t b) { return key[a] > key[b]; });
-        int64_t seen = 0;
-        for (int64_t i = 0; i < groups; ++i) {
-            const int64_t g = order[i];
-            bool wanted = false;
-            for (int64_t r = 0; r < rows; ++r) {
-                const float limit = candidates.limit(t * ROWS + r), best = most[g * ROWS + r];
-                wanted |= best >= limit && best > -INFINITY && (best >= enough[r] || limit == -INFINITY);
+        std::sort(order, order + left, [key](int64_t a, int64_t b) {
+            return key[a] > key[b] || (key[a] == key[b] && a < b);
+        });
+        for (int64_t i = 0; i < left; ++i) {
+            const float* const best = most + order[i] * BLOCK;
+            int64_t count = 0;
+            for (int64_t r = 0; r < n; ++r) {
+                wanted[count] = r;
+                count += !(best[r] < bar[r]);
             }
-            if (!wanted) continue;
-            for (int64_t c = bank_.starts[g]; c < bank_.starts[g + 1]; c += group_) {
-                scan(t, count, c, std::min(group_, bank_.starts[g + 1] - c), candidates, hits, buffer);
-            }
-            seen += bank_.starts[g + 1] - bank_.starts[g];
+            visit(order[i], wanted, count);
         }
-        for (int64_t r = 0; r < rows; ++r) visited[order_[t * ROWS + r]] = seen;
+        for (int64_t r = 0; r < n; ++r) tell(begin + r, compared[r], visited);
+    }
+
+    // The columns of a group against n queries of a block, by outlines first, which leave few pairs: these
+    // are decided, or scanned where they are many.
+    void sift(int64_t begin, const int64_t* block, int64_t n, int64_t first, int64_t columns,
+              Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+        const Outline& outline = bank_.outline;
+        int32_t* const gathered = gathered_.get() + own_codes_ * thread_number();
+        QueryTile drawn{gathered, {}, {}}, whole{gathered + drawn_.codes_of_tile(), {}, {}};
+        bool ready = false;
+        int64_t queries[ROWS];
+        for (int64_t r = 0; r < n; ++r) {
+            queries[r] = begin + block[r];
+            compared[block[r]][0] += columns;
+        }
+        drawn_.gather(queries, n, drawn);
+        for (int64_t end = first + columns; first < end; first += group_) {
+            float threshold[ROWS];
+            for (int64_t r = 0; r < ROWS; ++r) {
+                threshold[r] = r < n ? candidates.limit(queries[r]) - drawn_.error(queries[r]) : INFINITY;
+            }
+            const int64_t found = drawn_.sieve(drawn, outline.codes, outline.scale, outline.bias, first,
+                                               std::min(group_, end - first), threshold, hits);
+            for (int64_t h = 0, next; h < found; h = next) {
+                const int64_t panel = hits[h].column / COLUMNS;
+                for (next = h + 1; next < found && hits[next].column / COLUMNS == panel;) ++next;
+                if (next - h >= DENSE) {
+                    if (!ready) codes_.gather(queries, n, whole);
+                    ready = true;
+                    scan(whole, queries, n, first + panel * COLUMNS, COLUMNS, candidates,
+                         hits + ROWS * group_, buffer);
+                    for (int64_t r = 0; r < n; ++r) compared[block[r]][1] += COLUMNS;
+                    continue;
+                }
+                for (; h < next; ++h) {
+                    const int64_t r = hits[h].row, row = bank_.index[first + hits[h].column];
+                    if (h + 1 < found) prefetch(bank_.index[first + hits[h + 1].column]);
+                    if (r >= n || row < 0) continue;
+                    if (hits[h].score + drawn_.error(queries[r]) < candidates.limit(queries[r])) continue;
+                    candidates.decide(queries[r], row, measure_, bank_.rows, buffer);
+                    ++compared[block[r]][2];
+                }
+            }
+        }
+    }
+
+    void prefetch(int64_t row) const {
+        const float* const rows = static_cast<const float*>(bank_.rows.rows.data);
+        const float* const data = rows + std::max<int64_t>(row, 0) * d_;
+        for (int64_t k = 0; k < d_; k += 16) __builtin_prefetch(data + k);
+    }
+
+    void tell(int64_t i, const Compared& compared, int64_t* visited) const {
+        std::copy(compared.begin(), compared.end(), visited + 3 * order_[i]);
     }
 
     // The score that the best `probes` groups of row r may reach.
     float probe_limit(const float* most, int64_t r, float* sorted) const {
         const int64_t groups = bank_.groups;
         if (probes_ >= groups) return -INFINITY;
-        for (int64_t g = 0; g < groups; ++g) sorted[g] = most[g * ROWS + r];
+        for (int64_t g = 0; g < groups; ++g) sorted[g] = most[g * BLOCK + r];
         std::nth_element(sorted, sorted + probes_ - 1, sorted + groups, std::greater<>());
         return sorted[probes_ - 1];
     }
@@ -290,16 +318,18 @@ class BankSearch {
     }
 
     const Measure& measure_;
-    const Int8Tile& int8_;
     const PackedBank& bank_;
-    const int64_t d_, quads_, probes_, group_;
+    const int64_t d_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
-    int64_t own_;
-    Array<float> scratch_, prepared_, panels_, half_, to_group_, scale_;
+    const float drawn_error_;
+    QueryCodes codes_, drawn_;
+    int64_t own_, own_codes_, own_hits_;
+    std::optional<GroupBounds> bounds_;
+    Array<float> scratch_, prepared_;
     Array<int64_t> nearest_, order_, orders_;
+    Array<int32_t> gathered_;
     Array<double> sq_norm_;
-    Array<int32_t> tiles_, sum_;
     Array<bool> whole_;
     Array<Hit> hits_;
 };

@@ -4,6 +4,8 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "threads.h"
 
@@ -48,8 +50,8 @@ struct Screen::Work {
     Pair* pairs;
     double *difference, *best, *total, *known;  // `known`: the log-probability of the candidate
     float *floor, *norm;
-    int32_t *candidate, *order;
-    int32_t* alive;
+    int32_t *candidate, *queue;
+    uint32_t* alive;  // bits, by component
     int64_t size;
 };
 
@@ -73,7 +75,7 @@ Screen::Work Screen::place(char* scratch) const {
     take(work.floor, patches);
     take(work.norm, patches);
     take(work.candidate, patches);
-    take(work.order, patches);
+    take(work.queue, patches);
     take(work.alive, patches / tile_.lanes * mixture_.components);
     work.size = used;
     return work;
@@ -98,6 +100,9 @@ Screen::Screen(const MixtureTile& tile, const Mixture& mixture, int threads)
     half_ = static_cast<float>(0.5 * (1 - (mixture.full ? SHARE + 0x1p-16 : error)));
     accept_ = static_cast<float>(2 * NOISE / ((RUN + 4) * ROUNDING));
 
+    finite_ = is_finite(mixture.means, k * d);
+    order_ = allocate<int32_t>(d);
+    order_channels();
     const int64_t panels = mixture.full ? k : padded_ / wide;
     panels_ = allocate<float>(panels * panel_);
     upper_ = allocate<float>(k);
@@ -116,7 +121,6 @@ Screen::Screen(const MixtureTile& tile, const Mixture& mixture, int threads)
         }
     }
     if (failed < k) failed_ = failed;
-    finite_ = is_finite(mixture.means, k * d);
     for (int64_t i = 0; i < k; ++i) {
         const double constant = constants_[i];
         finite_ = finite_ && constant < INFINITY;
@@ -129,6 +133,21 @@ Screen::Screen(const MixtureTile& tile, const Mixture& mixture, int threads)
     }
 }
 
+// By how far apart the means are, Σ_k λ_k (μ_k − μ_k₋₁)²: sums over few channels then rule out many pairs.
+void Screen::order_channels() {
+    const int64_t d = mixture_.d;
+    std::iota(order_.get(), order_.get() + d, 0);
+    if (mixture_.full || !finite_) return;
+    std::vector<double> apart(d);
+    for (int64_t k = 1; k < mixture_.components; ++k) {
+        const float *mean = mixture_.means + k * d, *precision = mixture_.precisions + k * d;
+        for (int64_t i = 0; i < d; ++i)
+            apart[i] += double{precision[i]} * (mean[i] - mean[i - d]) * (mean[i] - mean[i - d]);
+    }
+    std::stable_sort(order_.get(), order_.get() + d,
+                     [&](int32_t a, int32_t b) { return apart[a] > apart[b]; });
+}
+
 void Screen::pack_diagonal(int64_t panel) {
     const int64_t wide = tile_.components, d = mixture_.d;
     float* out = panels_.get() + panel * panel_;
@@ -136,8 +155,8 @@ void Screen::pack_diagonal(int64_t panel) {
         for (int64_t r = 0; r < wide; ++r) {
             const int64_t k = panel * wide + r;
             const bool there = k < mixture_.components;
-            out[r] = there ? -mixture_.means[k * d + i] : 0;
-            out[wide + r] = there ? mixture_.precisions[k * d + i] : 0;
+            out[r] = there ? -mixture_.means[k * d + order_[i]] : 0;
+            out[wide + r] = there ? mixture_.precisions[k * d + order_[i]] : 0;
         }
     }
 }
@@ -192,7 +211,7 @@ void Screen::transpose(const Work& work, const float* y, int64_t stride, int64_t
             for (int64_t c = first; c < stop; ++c) out[c * lanes] = 0;
         } else {
             const float* in = y + i * stride + mixture_.d - depth_;
-            for (int64_t c = first; c < stop; ++c) out[c * lanes] = in[c];
+            for (int64_t c = first; c < stop; ++c) out[c * lanes] = in[order_[c]];
         }
     }
 }
@@ -248,31 +267,20 @@ void Screen::choose(const Work& work, const float* y, int64_t stride, int64_t co
     const int64_t lanes = tile_.lanes;
     int64_t chosen = 0;
     for (int64_t start = 0; start < count; start += lanes) {
-        float top[MAX_LANES];
         int32_t at[MAX_LANES];
-        std::fill(top, top + lanes, -INFINITY);
-        std::fill(at, at + lanes, -1);
-        const float* sums = work.sums + start * padded_;
-        for (int32_t k = 0; k < mixture_.components; ++k, sums += lanes) {
-            const float constant = upper_[k];
-            for (int64_t c = 0; c < lanes; ++c) {
-                const float bound = constant - half_ * sums[c];
-                at[c] = bound > top[c] ? k : at[c];
-                top[c] = bound > top[c] ? bound : top[c];
-            }
-        }
+        tile_.choose(work.sums + start * padded_, upper_.get(), mixture_.components, half_, at);
         for (int64_t i = start; i < std::min(start + lanes, count); ++i) {
             if (at[i - start] < 0 || at[i - start] == work.candidate[i] || work.floor[i] == INFINITY)
                 continue;
             work.candidate[i] = at[i - start];
-            work.order[chosen++] = static_cast<int32_t>(i);
+            work.queue[chosen++] = static_cast<int32_t>(i);
         }
     }
-    std::sort(work.order, work.order + chosen, [&](int32_t a, int32_t b) {
+    std::sort(work.queue, work.queue + chosen, [&](int32_t a, int32_t b) {
         return work.candidate[a] != work.candidate[b] ? work.candidate[a] < work.candidate[b] : a < b;
     });
     for (int64_t n = 0; n < chosen; ++n) {
-        const int32_t i = work.order[n];
+        const int32_t i = work.queue[n];
         const double value = work.known[i] = evaluate(work, y + i * stride, work.candidate[i]);
         if (value > work.best[i]) {
             work.best[i] = value;
@@ -281,24 +289,17 @@ void Screen::choose(const Work& work, const float* y, int64_t stride, int64_t co
     }
 }
 
-// Count the pairs that are not ruled out, or would not be if the sums were `growth` times as large.
-int64_t Screen::survivors(const Work& work, float growth) const {
+// Mark and count the pairs that are not ruled out; `grown`: how many, were the sums `growth` times as large.
+int64_t Screen::survivors(const Work& work, float growth, int64_t* grown) const {
     const int64_t lanes = tile_.lanes, k_count = mixture_.components;
-    const float half = half_ * growth;
     int64_t total = 0;
+    *grown = 0;
     for (int64_t w = 0; w < patches(mixture_.full) / lanes; ++w) {
-        const float *floor = work.floor + w * lanes, *norm = work.norm + w * lanes;
-        const float* sums = work.sums + w * lanes * padded_;
-        for (int64_t k = 0; k < k_count; ++k, sums += lanes) {
-            const float upper = upper_[k], slack = slack_[k];
-            int32_t ruled_out = 0;
-            for (int64_t c = 0; c < lanes; ++c) {
-                const float sum = sums[c] > FLT_MAX ? FLT_MAX : sums[c];
-                ruled_out += half * sum > upper + slack * norm[c] - floor[c];
-            }
-            work.alive[w * k_count + k] = static_cast<int32_t>(lanes) - ruled_out;
-            total += lanes - ruled_out;
-        }
+        int64_t some;
+        total +=
+            tile_.survive(work.sums + w * lanes * padded_, upper_.get(), slack_.get(), k_count, half_, growth,
+                          work.norm + w * lanes, work.floor + w * lanes, work.alive + w * k_count, &some);
+        *grown += some;
     }
     return total;
 }
@@ -309,10 +310,13 @@ int64_t Screen::list(const Work& work, const float* y, int64_t stride, int64_t c
     int64_t found = 0;
     for (int64_t k = 0; k < k_count; ++k) {
         for (int64_t start = 0; start < count; start += lanes) {
-            if (work.alive[start / lanes * k_count + k] == 0) continue;
+            uint32_t alive = work.alive[start / lanes * k_count + k];
+            if (alive == 0) continue;
             const float* sums = work.sums + start * padded_ + k * lanes;
             const float* lost = work.lost + start * padded_ + k * lanes;
-            for (int64_t i = start; i < std::min(start + lanes, count); ++i) {
+            for (; alive != 0; alive &= alive - 1) {
+                const int64_t i = start + __builtin_ctz(alive);
+                if (i >= count) break;
                 const float sum = sums[i - start] > FLT_MAX ? FLT_MAX : sums[i - start];
                 if (half_ * sum > upper_[k] + slack_[k] * work.norm[i] - work.floor[i]) continue;
                 double value;
@@ -335,7 +339,7 @@ int64_t Screen::list(const Work& work, const float* y, int64_t stride, int64_t c
 }
 
 int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log_likelihood, float* weights,
-                       int64_t group, bool* broken, char* scratch) const {
+                       bool* held, int64_t rows, bool* broken, char* scratch) const {
     const Work work = place(scratch);
     const int64_t wide = tile_.components, patches = Screen::patches(mixture_.full);
     for (int64_t i = 0; i < patches; ++i) {
@@ -357,21 +361,20 @@ int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log
         choose(work, y, stride, count);
         const int64_t pairs = count * mixture_.components;
         const float growth = static_cast<float>(depth_) / static_cast<float>(std::min(done * PIECE, depth_));
-        exact = !mixture_.full && survivors(work, growth) * CROWDED > pairs;
+        int64_t grown, left = survivors(work, growth, &grown);
+        exact = !mixture_.full && grown * CROWDED > pairs;
         if (exact) {
             transpose(work, y, stride, done, steps_);
             std::fill(work.sums, work.sums + patches * padded_, 0.0f);
             std::fill(work.lost, work.lost + patches * padded_, 0.0f);
             for (int64_t step = 0; step < steps_; ++step) add_step(work, step, true);
+            left = survivors(work, 1, &grown);
         }
-        const int64_t left = survivors(work, 1);
         if (done == steps_ || left * (mixture_.full ? 64 : 32) <= pairs) break;
     }
     const int64_t found = list(work, y, stride, count, exact);
 
-    for (int64_t p = 0; p < padded_ / wide; ++p) {
-        std::fill(weights + p * group, weights + p * group + count * wide, 0.0f);
-    }
+    for (int64_t p = 0; p < padded_ / wide; ++p) std::fill(held + p * rows, held + p * rows + count, false);
     for (int64_t n = 0; n < found; ++n) {
         Pair& pair = work.pairs[n];
         const double below = work.best[pair.patch] - pair.value;
@@ -381,8 +384,11 @@ int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log
     for (int64_t n = 0; n < found; ++n) {
         const Pair& pair = work.pairs[n];
         if (pair.value == 0) continue;
-        weights[pair.component / wide * group + pair.patch * wide + pair.component % wide] =
-            static_cast<float>(pair.value / work.total[pair.patch]);
+        const int64_t at = pair.component / wide * rows + pair.patch;
+        float* group = weights + at * wide;
+        if (!held[at]) std::fill(group, group + wide, 0.0f);
+        held[at] = true;
+        group[pair.component % wide] = static_cast<float>(pair.value / work.total[pair.patch]);
     }
     for (int64_t i = 0; i < count; ++i) {
         log_likelihood[i] = static_cast<float>(work.best[i] + std::log(work.total[i]));

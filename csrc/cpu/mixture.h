@@ -42,22 +42,24 @@ class Screen {
     int64_t scratch() const;
 
     // Writes for `count` patches y, `stride` floats apart, the log-likelihoods and the responsibilities:
-    // component k of patch i at weights[k / components * group + i * components + k % components], where
-    // `components` is the tile's. Responsibilities that are left out, as 0, sum to less than 2⁻³² a patch.
+    // component k of patch i at weights[(k / components * rows + i) * components + k % components], where
+    // `components` is the tile's, if held[k / components * rows + i]; the others are not written and 0.
+    // Responsibilities that are left out sum to less than 2⁻³² a patch.
     // A patch with NaN or inf has log-likelihood NaN and no responsibilities; `broken` is then set. Returns
     // how many pairs had their log-probability computed to the end.
     int64_t assign(const float* y, int64_t stride, int64_t count, float* log_likelihood, float* weights,
-                   int64_t group, bool* broken, char* scratch) const;
+                   bool* held, int64_t rows, bool* broken, char* scratch) const;
 
   private:
     struct Work;
     Work place(char* scratch) const;
+    void order_channels();
     void pack_diagonal(int64_t k);
     bool pack_full(int64_t k, double* factor);
     void transpose(const Work& work, const float* y, int64_t stride, int64_t begin, int64_t end) const;
     void add_step(const Work& work, int64_t step, bool exactly) const;
     void choose(const Work& work, const float* y, int64_t stride, int64_t count) const;
-    int64_t survivors(const Work& work, float growth) const;
+    int64_t survivors(const Work& work, float growth, int64_t* grown) const;
     double evaluate(const Work& work, const float* y, int64_t k) const;
     float floor_of(double best) const;
     int64_t list(const Work& work, const float* y, int64_t stride, int64_t count, bool exact) const;
@@ -70,6 +72,7 @@ class Screen {
     float half_, accept_;
     double drop_, largest_ = 0;
     Array<float> panels_, upper_, slack_;
+    Array<int32_t> order_;  // channels of diagonal covariance, those that tell components apart first
     Array<double> constants_;
 };
 

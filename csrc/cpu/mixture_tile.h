@@ -25,6 +25,17 @@ struct MixtureTile {
     // i and `components` columns j. A panel holds for every channel −μ, then the row of l.
     void (*factored)(const float* panel, const float* y, int64_t depth, float* sums);
 
+    // What the sums of `lanes` patches, component after component, say of each component k < count.
+    // The largest bound upper[k] − half · sums[k][lane] of every lane, and the first k that has it; −1 where
+    // none exceeds −∞.
+    void (*choose)(const float* sums, const float* upper, int64_t count, float half, int32_t* at);
+
+    // Bit `lane` of alive[k] tells that k is not ruled out: not half · sums[k][lane] > upper[k] +
+    // slack[k] · norm[lane] − floor[lane], where a sum beyond FLT_MAX counts as FLT_MAX. Returns how many are
+    // alive; `grown` becomes how many were if `half` was `growth` times as large.
+    int64_t (*survive)(const float* sums, const float* upper, const float* slack, int64_t count, float half,
+                       float growth, const float* norm, const float* floor, uint32_t* alive, int64_t* grown);
+
     // sums[r][lane] = Σ_n weights[n][r] y[rows[n]][lane], of y² if `square`; n in order. Row i of y starts at
     // y + i * stride.
     void (*weigh)(const float* y, int64_t stride, const int32_t* rows, const float* weights, int64_t count,

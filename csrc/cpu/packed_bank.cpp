@@ -44,53 +44,124 @@ float quantization_error(float norm, float rest, float weight, float gamma) {
     return static_cast<float>(1.00001 * ((w * n * n + r * r / w) / 2 + gamma * n * n / 2)) + TINY;
 }
 
+float Outline::error(int64_t d) const {
+    const double e = weight[1], rounding = product_error(d) * std::sqrt(static_cast<double>(depth));
+    const double error = 1.01 * (rounding + e);
+    return error >= 0 && error < 0.05 ? static_cast<float>(error) : INFINITY;
+}
+
+// With rest r = x - basis v: |r|^2 = |x|^2 - |v|^2 + 2 v (v - basis^T x) + v (basis^T basis - 1) v, and the
+// last two are at most 3 error |x|^2.
+void Outline::draw(const Lines& lines, const float* x, int64_t d, double sq_norm, float* out) const {
+    std::fill(out, out + depth, 0.0f);
+    for (int64_t k = 0; k < d; ++k) lines.add_scaled(basis + k * depth, x[k], depth, out);
+    double inside = 0;
+    for (int64_t j = 0; j < depth; ++j) inside += static_cast<double>(out[j]) * out[j];
+    const double rest = std::max(sq_norm - inside, 0.0) + 3.0 * error(d) * sq_norm;
+    std::fill(out + depth, out + channels(), static_cast<float>((1 + 1e-6) * std::sqrt(rest) / 2));
+}
+
+namespace {
+
+constexpr int64_t COLUMNS = Int8Tile::COLUMNS;
+
+// One set of codes of all columns, and what their bounds are made of.
+class Codes {
+  public:
+    Codes(int64_t columns, int64_t channels, uint8_t* codes, float* scale, float* bias, float* weight)
+        : columns_(columns),
+          bytes_(quads(channels) * 4),
+          channels_(channels),
+          codes_(codes),
+          scale_(scale),
+          bias_(bias),
+          weight_(weight),
+          rest_(allocate<float>(columns)),
+          norm_(allocate<float>(columns)) {}
+
+    void clear(int64_t panel) {
+        std::memset(codes_ + panel * COLUMNS * bytes_, 128, static_cast<size_t>(COLUMNS * bytes_));
+        for (int64_t c = panel * COLUMNS; c < (panel + 1) * COLUMNS; ++c) {
+            scale_[c] = rest_[c] = norm_[c] = 0;
+            bias_[c] = -INFINITY;
+        }
+    }
+
+    // `usable`: no sum of x overflows. The buffer holds round_up(channels, 4) bytes.
+    void fill(int64_t column, const float* x, double bias, bool usable, int8_t* buffer) {
+        bias_[column] = usable ? static_cast<float>(bias) : INFINITY;
+        if (!usable) return;
+        uint8_t* const out = codes_ + column / COLUMNS * COLUMNS * bytes_;
+        const int64_t c = column % COLUMNS;
+        const Quantized found = quantize(x, channels_, buffer);
+        for (int64_t k = 0; k < channels_; ++k) {
+            out[(k / 4 * COLUMNS + c) * 4 + k % 4] = static_cast<uint8_t>(buffer[k] + 128);
+        }
+        scale_[column] = found.scale;
+        rest_[column] = found.rest;
+        norm_[column] = found.norm;
+    }
+
+    // Put the errors into the biases, and into `error` (P,) if it is one.
+    void finish(float gamma, float* error) {
+        const double rests = std::accumulate(rest_.get(), rest_.get() + columns_, 0.0);
+        const double norms = std::accumulate(norm_.get(), norm_.get() + columns_, 0.0);
+        const double weight = rests / norms;
+        *weight_ = weight > 1e-4 && weight < 1 ? static_cast<float>(weight) : weight < 1 ? 1e-4f : 0.01f;
+        for (int64_t c = 0; c < columns_; ++c) {
+            const bool huge = !(bias_[c] < INFINITY);
+            const float off = huge ? INFINITY : quantization_error(norm_[c], rest_[c], *weight_, gamma);
+            bias_[c] += off;
+            if (error != nullptr) error[c] = off;
+        }
+    }
+
+  private:
+    int64_t columns_, bytes_, channels_;
+    uint8_t* codes_;
+    float *scale_, *bias_, *weight_;
+    Array<float> rest_, norm_;
+};
+
+}  // namespace
+
 void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int threads) {
-    constexpr int64_t COLUMNS = Int8Tile::COLUMNS;
-    const int64_t d = bank.rows.rows.d, panels = bank.columns / COLUMNS, bytes = quads(d) * 4;
-    const Array<float> scratch = allocate<float>((2 * d + 16) * threads),
-                       rest = allocate<float>(bank.columns);
-    const Array<float> origin = allocate<float>(d);
+    const int64_t d = bank.rows.rows.d, panels = bank.columns / COLUMNS;
+    const bool outlined = bank.groups > 0;
+    const Outline& outline = bank.outline;
+    const int64_t channels = outlined ? outline.channels() : 0, own = round_up(2 * d + channels + 16, 16);
+    const Array<float> scratch = allocate<float>(own * threads), origin = allocate<float>(d);
     std::fill(origin.get(), origin.get() + d, 0.0f);
-    float* const norm = bank.error;
+    Codes whole(bank.columns, d, bank.codes, bank.scale, bank.bias, bank.weight);
+    Codes drawn(outlined ? bank.columns : 0, channels, outline.codes, outline.scale, outline.bias,
+                outline.weight);
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float* const row = scratch.get() + (2 * d + 16) * thread_number();
-        int8_t* const codes = reinterpret_cast<int8_t*>(row + d);
+        float* const row = scratch.get() + own * thread_number();
+        float* const lines = row + d;
+        int8_t* const codes = reinterpret_cast<int8_t*>(lines + channels);
         for (int64_t p; (p = next.fetch_add(1)) < panels;) {
-            uint8_t* const out = bank.codes + p * COLUMNS * bytes;
-            std::memset(out, 128, static_cast<size_t>(COLUMNS * bytes));
-            for (int64_t c = 0; c < COLUMNS; ++c) {
-                const int64_t column = p * COLUMNS + c, i = bank.index[column];
-                bank.scale[column] = rest[column] = norm[column] = 0;
-                bank.bias[column] = -INFINITY;
+            whole.clear(p);
+            if (outlined) drawn.clear(p);
+            for (int64_t column = p * COLUMNS; column < (p + 1) * COLUMNS; ++column) {
+                const int64_t i = bank.index[column];
                 if (i < 0) continue;
                 const float* y = bank.rows.rows.get(i, row);
                 const bool zero = metric == Metric::cosine && tile.lines.sq_distance(y, origin.get(), d) == 0;
                 subtract(y, bank.center, d, row);
                 const double square = tile.lines.sq_distance(row, origin.get(), d);
-                const Quantized found = quantize(row, d, codes);
-                for (int64_t k = 0; k < d; ++k) {
-                    out[(k / 4 * COLUMNS + c) * 4 + k % 4] = static_cast<uint8_t>(codes[k] + 128);
-                }
-                bank.scale[column] = found.scale;
-                rest[column] = found.rest;
-                norm[column] = found.norm;
                 const double bias = -square / 2 - (zero ? 0.5 : 0);
-                bank.bias[column] = square < HUGE_SQUARE ? static_cast<float>(bias) : INFINITY;
+                const bool usable = square < HUGE_SQUARE;
+                whole.fill(column, row, bias, usable, codes);
+                if (!outlined) continue;
+                if (usable) outline.draw(tile.lines, row, d, square, lines);
+                drawn.fill(column, lines, bias, usable, codes);
             }
         }
     }
-    const double rests = std::accumulate(rest.get(), rest.get() + bank.columns, 0.0);
-    const double norms = std::accumulate(norm, norm + bank.columns, 0.0);
-    const double weight = rests / norms;
-    *bank.weight = weight > 1e-4 && weight < 1 ? static_cast<float>(weight) : weight < 1 ? 1e-4f : 0.01f;
-    const float gamma = product_error(d);
-    for (int64_t c = 0; c < bank.columns; ++c) {
-        const bool huge = !(bank.bias[c] < INFINITY);
-        bank.error[c] = huge ? INFINITY : quantization_error(norm[c], rest[c], *bank.weight, gamma);
-        bank.bias[c] += bank.error[c];
-    }
+    whole.finish(product_error(d), bank.error);
+    if (outlined) drawn.finish(product_error(d) + 4 * outline.error(d), nullptr);
 }
 
 }  // namespace dinofast

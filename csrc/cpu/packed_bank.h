@@ -1,8 +1,32 @@
 #pragma once
 
 #include "candidates.h"
+#include "int8_tile.h"
 
 namespace dinofast {
+
+// The outline of a row y - center: its coordinates v in a few orthonormal directions, and the norm t of what
+// they leave, held by TAIL channels of t / 2. By Cauchy-Schwarz the product of two rows is at most that of
+// their outlines, but for rounding.
+struct Outline {
+    static constexpr int64_t TAIL = 4;
+
+    int64_t depth;       // H directions
+    const float* basis;  // (D, H)
+    float* weight;       // (2,): as PackedBank::weight, and how far the basis is from orthonormal
+    uint8_t* codes;      // P * outline_quads * 4 bytes, panel after panel
+    float* scale;        // (P,) of the codes
+    float* bias;         // (P,) what a column adds to a product, at most
+
+    int64_t channels() const { return depth + TAIL; }
+    int64_t quads() const { return (channels() + 3) / 4; }
+
+    // Bound on what rounding and a skewed basis add to a product of norms; infinite when there is none.
+    float error(int64_t d) const;
+
+    // Fill out (channels,) for x (d,), whose squared norm is sq_norm.
+    void draw(const Lines& lines, const float* x, int64_t d, double sq_norm, float* out) const;
+};
 
 // A bank prepared once: float32 rows that decide, and int8 codes of rows - center that propose.
 struct PackedBank {
@@ -21,14 +45,10 @@ struct PackedBank {
     const int64_t* starts;   // (G + 1,) first column of every group, multiples of Int8Tile::COLUMNS
     const float* centroids;  // (G, D)
     const float* radius;     // (G,) no row of the group is farther from its centroid
+    Outline outline;         // of grouped rows
 };
 
 inline int64_t quads(int64_t d) { return (d + 3) / 4; }
-
-struct Quantized {
-    float scale, rest, norm;  // norms of what the codes leave, and of the row
-    int32_t sum;
-};
 
 // Codes -127 .. 127 of x (d,), times one scale.
 Quantized quantize(const float* x, int64_t d, int8_t* codes);
@@ -41,7 +61,7 @@ inline void subtract(const float* x, const float* center, int64_t d, float* out)
     for (int64_t k = 0; k < d; ++k) out[k] = x[k] - center[k];
 }
 
-// Fill codes, scale, bias, error and weight.
+// Fill codes, scale, bias, error and weight, and those of the outlines where rows are grouped.
 void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int threads);
 
 }  // namespace dinofast

@@ -34,19 +34,6 @@ const float* Rows::get(int64_t i, float* buffer) const {
     return buffer;
 }
 
-void pack_tile(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out, bool* finite) {
-    const int count = static_cast<int>(std::min<int64_t>(tile.rows, rows.count - first));
-    for (int r = 0; r < tile.rows; ++r) {
-        float* start = out + r * DEPTH;
-        const int64_t stride = static_cast<int64_t>(tile.rows) * DEPTH;
-        finite[r] = r < count && tile.normalize(rows.get(first + r, buffer), rows.d, start, stride);
-        if (finite[r]) continue;
-        for (int64_t run = 0; run < padded_depth(rows.d); run += DEPTH, start += stride) {
-            std::fill(start, start + DEPTH, 0.0f);
-        }
-    }
-}
-
 void interleave(const Tile& tile, const float* buffer, int64_t d, float* out) {
     const int64_t stride = padded_depth(d), width = tile.columns;
     constexpr int64_t STEP = 16;  // one cache line of every row at a time
@@ -56,18 +43,6 @@ void interleave(const Tile& tile, const float* buffer, int64_t d, float* out) {
             for (int64_t k = start; k < stop; ++k) out[k * width + c] = buffer[c * stride + k];
         }
     }
-}
-
-bool pack_panel(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out) {
-    const int64_t d = rows.d, stride = padded_depth(d), width = tile.columns;
-    const int64_t count = std::min<int64_t>(width, rows.count - first);
-    float* converted = buffer + width * stride;
-    for (int64_t c = 0; c < count; ++c) {
-        if (!tile.normalize(rows.get(first + c, converted), d, buffer + c * stride, DEPTH)) return false;
-    }
-    std::fill(buffer + count * stride, buffer + width * stride, 0.0f);
-    interleave(tile, buffer, d, out);
-    return true;
 }
 
 }  // namespace dinofast

@@ -16,23 +16,26 @@ struct Rows {
     int64_t d;
     Element element;
 
+    // The same rows, channels first to first + count.
+    Rows channels(int64_t first, int64_t size) const {
+        const char* start = static_cast<const char*>(data) + first * (element == Element::float32 ? 4 : 2);
+        return {start, count, stride, size, element};
+    }
+
+    // Bring row i near while something else is computed.
+    void prefetch(int64_t i) const {
+        const int64_t size = element == Element::float32 ? 4 : 2;
+        const char* row = static_cast<const char*>(data) + i * stride * size;
+        for (int64_t at = 0; at < d * size; at += 64) __builtin_prefetch(row + at);
+    }
+
     // Row i as float32: in place when it is, else converted into buffer (d,).
     const float* get(int64_t i, float* buffer) const;
 };
 
 inline int64_t padded_depth(int64_t d) { return (d + DEPTH - 1) / DEPTH * DEPTH; }
 
-// Pack up to Tile::rows rows from `first` on, normalized, into one tile of Tile::rows * padded_depth(d)
-// floats; absent rows are zero. `finite[r]` tells whether row r holds neither NaN nor inf; if not, it is
-// packed as zeros. `buffer` holds d floats.
-void pack_tile(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out, bool* finite);
-
 // Turn Tile::columns rows of d floats, padded_depth(d) from row to row, into one panel.
 void interleave(const Tile& tile, const float* buffer, int64_t d, float* out);
-
-// Pack up to Tile::columns rows from `first` on, normalized, as columns of one panel of Tile::columns * d
-// floats; absent columns are zero. False when a row holds NaN or inf. `buffer` holds
-// (Tile::columns + 1) * padded_depth(d) floats.
-bool pack_panel(const Tile& tile, const Rows& rows, int64_t first, float* buffer, float* out);
 
 }  // namespace dinofast

@@ -1,4 +1,4 @@
-// The one primitive: rows x columns of dot products with a running maximum.
+// The one primitive: rows x columns of dot products.
 //
 // Rows come in tiles of Tile::rows, columns in panels of Tile::columns; both are packed, so that a register
 // tile reads memory in order. A tile holds runs of DEPTH channels, row after row; a panel holds channel after
@@ -29,6 +29,17 @@ struct Lines {
     // nothing over- or underflows.
     void (*rough_sq_distances)(const float* x, const float* const y[4], int64_t d, float out[4]);
 
+    // Inner product in float32, in one order; both are readable to a multiple of 16, and 0 behind d.
+    float (*dot)(const float* x, const float* y, int64_t d);
+
+    // List the columns j whose score is not below `limit` - slack, nor below the highest score - 2 slack, NaN
+    // included, ascending, and return how many. `score` and `columns` reach to a multiple of 16.
+    int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns);
+
+    // out[j] += the sum over t < count of rows[index[t] * stride + j], one after the other, for j < n.
+    void (*add_rows)(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+                     double* out);
+
     // out[j] += factor * x[j] for j < n.
     void (*add_scaled)(const float* x, float factor, int64_t n, float* out);
 
@@ -46,12 +57,10 @@ struct Tile {
     // stays zero. False, and nothing useful written, when x holds NaN or inf.
     bool (*normalize)(const float* x, int64_t d, float* out, int64_t stride);
 
-    // Compare every row of the tile with `columns` columns, the first of which is number `first`: where a
-    // product exceeds value[row], replace value[row] and index[row]. Equal products keep the smaller index
-    // when calls come in ascending order of columns. The order in which the channels of a product are summed
-    // does not depend on where row and column stand.
-    void (*best)(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
-                 float* value, int32_t* index);
+    // Write product + bias[column] of every row and column to out, `stride` floats from row to row. Columns
+    // come in whole panels: out and bias reach to the end of the last.
+    void (*products)(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
+                     float* out, int64_t stride);
 
     // Write every (row, column) whose product + bias[column] is not below threshold[row], NaN included, and
     // return how many: at most rows * columns. `bias` is readable up to a whole panel.

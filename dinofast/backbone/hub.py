@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ NAMES = {
 }
 """Short name -> hub id."""
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 PROBE_SECONDS = 10
 """How long a hub may take to answer at all; the hub's own client waits for ever on a silent one."""
@@ -46,7 +47,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise BackboneError(
-            "DINO backbones need the package transformers: pip install 'dinofast[hf]'"
+            "DINO backbones and text towers need the package transformers: pip install 'dinofast[hf]'"
         ) from error
     return transformers
 
@@ -82,6 +83,40 @@ def from_folder(folder: Path) -> Any:
     Raises:
         BackboneError: no or a torn config.json, another kind of model, missing or torn weights.
     """
+    model_type = _model_type(folder, tuple(_CLASSES))
+    transformers = _transformers()
+    model_class = getattr(transformers, _CLASSES[model_type][1])
+    return _load(transformers, model_class, str(folder), str(folder), local_files_only=True)
+
+
+def text_tower(folder: Path) -> tuple[Any, Any]:
+    """Load the text tower and the tokenizer of a CLIP model; what else the weights hold stays unread.
+
+    Returns:
+        (transformers' CLIPTextModelWithProjection, its tokenizer).
+
+    Raises:
+        BackboneError: no or a torn config.json, another kind of model, no tokenizer, missing or torn weights.
+    """
+    _model_type(folder, ("clip", "clip_text_model"))
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not pair and not (folder / "tokenizer.json").is_file():
+        raise BackboneError(
+            f"{folder}: holds no tokenizer; put vocab.json and merges.txt, or tokenizer.json, beside it"
+        )
+    transformers = _transformers()
+    tower = transformers.CLIPTextModelWithProjection
+    model = _load(transformers, tower, str(folder), str(folder), whole=False, local_files_only=True)
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # a torn file ends in the bare Exception of a library in another language
+        raise BackboneError(
+            f"{folder}: its tokenizer cannot be read ({_first_line(error)}); fetch it again"
+        ) from error
+    return model, tokenizer
+
+
+def _model_type(folder: Path, known: Sequence[str]) -> str:
     path = folder / "config.json"
     try:
         model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
@@ -89,16 +124,16 @@ def from_folder(folder: Path) -> Any:
         raise BackboneError(
             f"{folder}: no readable config.json with a model_type; give a folder of Hugging Face weights"
         ) from error
-    if model_type not in _CLASSES:
+    if model_type not in known:
         raise BackboneError(
-            f"{folder}: model_type is {model_type!r}; dinofast loads {', '.join(_CLASSES)}: give one of those"
+            f"{folder}: model_type is {model_type!r}; dinofast loads {', '.join(known)} here: give such a one"
         )
-    transformers = _transformers()
-    model_class = getattr(transformers, _CLASSES[model_type][1])
-    return _load(transformers, model_class, str(folder), str(folder), local_files_only=True)
+    return str(model_type)
 
 
-def _load(transformers: Any, model_class: Any, source: str, *args: Any, **kwargs: Any) -> Any:
+def _load(
+    transformers: Any, model_class: Any, source: str, *args: Any, whole: bool = True, **kwargs: Any
+) -> Any:
     from safetensors import SafetensorError
 
     try:
@@ -111,7 +146,8 @@ def _load(transformers: Any, model_class: Any, source: str, *args: Any, **kwargs
             f"{source}: weights are missing, torn or of another model ({_first_line(error)}); fetch them"
         ) from error
     missing = sorted(name for name in info["missing_keys"] if "mask_token" not in name)
-    wrong = missing + sorted(info["unexpected_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    unknown = sorted(info["unexpected_keys"]) if whole else []
+    wrong = missing + unknown + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise BackboneError(
             f"{source}: {len(wrong)} tensors are missing, unknown or of another shape "
@@ -120,15 +156,21 @@ def _load(transformers: Any, model_class: Any, source: str, *args: Any, **kwargs
     return model.eval().requires_grad_(False)
 
 
-def cached(repo: str) -> Path | None:
-    """Return the folder of `repo` in the local Hugging Face cache, None where incomplete. Never connects."""
+def cached(repo: str, weights: Sequence[str] = _WEIGHTS, needed: Sequence[str] = ()) -> Path | None:
+    """Return the folder of `repo` in the local Hugging Face cache, None where incomplete. Never connects.
+
+    Args:
+        repo: hub id.
+        weights: file names, of which one must be there.
+        needed: file names that must be there beside config.json.
+    """
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None
-    for weights in ("model.safetensors", "model.safetensors.index.json"):
-        files = [try_to_load_from_cache(repo, name) for name in ("config.json", weights)]
-        if all(isinstance(file, str) for file in files):
+    for file in weights:
+        files = [try_to_load_from_cache(repo, name) for name in ("config.json", file, *needed)]
+        if all(isinstance(found, str) for found in files):
             return Path(str(files[0])).parent
     return None
 
@@ -140,12 +182,29 @@ def from_hub(repo: str, token: str | None) -> Any:
         BackboneError: transformers is missing; the repository is gated, unknown or unreachable; or what
             came is not a DINO.
     """
+    return from_folder(folder_of(repo, token, _FILES, _WEIGHTS))
+
+
+def folder_of(
+    repo: str, token: str | None, files: Sequence[str], weights: Sequence[str], needed: Sequence[str] = ()
+) -> Path:
+    """Find `owner/name` in the local cache, or else fetch it.
+
+    Args:
+        repo: hub id.
+        token: of the hub; None takes HF_TOKEN.
+        files: patterns of what is fetched; other weights than safetensors only where there are none.
+        weights: see `cached`.
+        needed: see `cached`.
+
+    Raises:
+        BackboneError: see `from_hub`.
+    """
     _transformers()
-    folder = cached(repo)
-    return from_folder(folder or _download(repo, token))
+    return cached(repo, weights, needed) or _download(repo, token, files)
 
 
-def _download(repo: str, token: str | None) -> Path:
+def _download(repo: str, token: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -153,8 +212,14 @@ def _download(repo: str, token: str | None) -> Path:
     failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
     endpoint = os.environ.get("HF_ENDPOINT") or None
     try:
-        HfApi(endpoint=endpoint, token=token).model_info(repo, timeout=PROBE_SECONDS)
-        return Path(snapshot_download(repo, token=token, allow_patterns=_FILES, endpoint=endpoint))
+        info = HfApi(endpoint=endpoint, token=token).model_info(repo, timeout=PROBE_SECONDS)
+        names = [file.rfilename for file in getattr(info, "siblings", None) or ()]
+        wanted = [
+            p
+            for p in patterns
+            if p != "pytorch_model.bin" or not any(n.endswith(".safetensors") for n in names)
+        ]
+        return Path(snapshot_download(repo, token=token, allow_patterns=wanted, endpoint=endpoint))
     except failures as error:
         raise BackboneError(f"{repo}: cannot be fetched ({_first_line(error)}). {THREE_WAYS}") from error
 

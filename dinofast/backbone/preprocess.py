@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from dinofast.errors import InputError
 from dinofast.imaging import RGB, ImageLike, as_rgb, decode
 
-__all__ = ["MAX_TOKENS", "MEAN", "STD", "ImageLike", "Preprocess", "Size", "decode"]
+__all__ = ["MAX_TOKENS", "MEAN", "STD", "ImageLike", "Preprocess", "Size", "decode", "patch_gray"]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -117,6 +118,29 @@ class Preprocess:
         """
         return normalize(self.resized(image, name))
 
+    def mask(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return a mask (H, W) resized and cropped as its image is.
+
+        Args:
+            mask: bool (H, W), of the image's size.
+
+        Returns:
+            bool, of the pixels' size: True where the mask covers at least half of a pixel; where it covers
+            half of none, True where it touches one, so that a small defect stays.
+
+        Raises:
+            InputError: see `cropped_size`.
+        """
+        height, width = mask.shape
+        cropped = self.cropped_size(height, width)
+        rows, columns = self.resized_size(height, width)
+        share = Image.fromarray(mask.astype(np.float32))
+        if (rows, columns) != (height, width):
+            share = share.resize((columns, rows), Image.Resampling.BILINEAR)
+        part = np.asarray(share)[: cropped[0], : cropped[1]]
+        found: npt.NDArray[np.bool_] = part >= 0.5
+        return found if found.any() else part > 0
+
     @property
     def config(self) -> dict[str, Any]:
         """Everything here that decides features, ready for JSON."""
@@ -135,6 +159,25 @@ def normalize(rgb: npt.NDArray[np.uint8]) -> Tensor:
     pixels = torch.from_numpy(rgb.copy() if not rgb.flags.writeable else rgb).movedim(-1, 0).float().div_(255)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return pixels.sub_(mean).div_(std).contiguous()
+
+
+def patch_gray(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average the gray of the pixels under each patch; gray is the mean of red, green and blue.
+
+    Args:
+        pixels: what `normalize` gave, (B, 3, H, W).
+        grid: patches (h, w). Where H or W is no multiple of it, patches share the rows or columns of pixels
+            that they meet in.
+
+    Returns:
+        (B, h, w), float32, in [0, 1]: 0 is black.
+
+    >>> patch_gray(normalize(np.full((4, 6, 3), 255, np.uint8))[None], (2, 3)).shape
+    torch.Size([1, 2, 3])
+    """
+    mean, std = torch.tensor(MEAN, device=pixels.device), torch.tensor(STD, device=pixels.device)
+    shares = adaptive_avg_pool2d(pixels.float(), grid)
+    return (shares * std[:, None, None] + mean[:, None, None]).mean(dim=1).clamp(0, 1)
 
 
 def _named(image: ImageLike, name: str) -> str:

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from dinofast.models.base import Model
 
 _CLASSES = {
+    "dpmm": "dinofast.models.dpmm:DPMM",
     "memory_bank": "dinofast.models.memory_bank:MemoryBank",
+    "patchcore": "dinofast.models.patchcore:PatchCore",
     "spatial_ar": "dinofast.models.spatial_ar:SpatialAR",
+    "support_kmeans": "dinofast.models.support_kmeans:SupportKMeans",
+    "zero_shot": "dinofast.models.zero_shot:ZeroShot",
 }
 
 __all__ = ["create", "load", "names", "restore"]

@@ -1,8 +1,9 @@
 """What every model is: learns from normal features, stream-wise, then scores features; higher is abnormal.
 
 A subclass stores its constructor arguments unchanged under their own names and writes `_learn`,
-`_check_state`, `_patch_scores`, `_summarize`, `n_channels` and, where it merges, `_merged`. What it learns is
-a dictionary of tensors, replaced as a whole and only when complete: a failed fit changes nothing.
+`_check_state`, `_patch_scores` (or `_batch_scores`), `_summarize` (or `_scores`), `n_channels` and, where it
+merges, `_merged`. What it learns is a dictionary of tensors, replaced as a whole and only when complete: a
+failed fit changes nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +35,16 @@ class Model(ABC):
     order_free: ClassVar[bool] = True
     """Whether the order of the images leaves scores as they are, but for rounding."""
 
+    learns_from_masks: ClassVar[bool] = False
+    """Whether `fit` needs `Features.masks`, of abnormal images too."""
+
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
+
+    @property
+    def wants_intensity(self) -> bool:
+        """Whether the model needs `Features.intensity`."""
+        return False
 
     @classmethod
     def param_names(cls) -> list[str]:
@@ -92,21 +101,9 @@ class Model(ABC):
         Raises:
             InputError: the model is not fitted, D or device differ from the fit's, NaN or infinite features.
         """
-        self.state()
-        check_features(features)
-        tensor = features.tensor
-        if tensor.shape[3] != self.n_channels:
-            raise InputError(
-                f"D differs: {self.name} was fitted on features with D = {self.n_channels}, these have D = "
-                f"{tensor.shape[3]}; use the backbone and layers of the fit."
-            )
-        if tensor.device != self.device:
-            raise InputError(
-                f"{self.name} is on {self.device}, the features on {tensor.device}; move one of them, "
-                f"for instance with model.to({str(tensor.device)!r})."
-            )
+        self._check_queries(features)
         with torch.no_grad():
-            return self._patch_scores(tensor)
+            return self._batch_scores(features)
 
     def score(self, features: Features) -> Scores:
         """Score images and their pixels.
@@ -120,9 +117,9 @@ class Model(ABC):
         Raises:
             InputError: see `patch_scores`.
         """
-        patches = self.patch_scores(features)
+        self._check_queries(features)
         with torch.no_grad():
-            return self._summarize(patches, features.image_size)
+            return self._scores(features)
 
     @torch.no_grad()
     def merge(self, other: Self) -> Self:
@@ -224,13 +221,37 @@ class Model(ABC):
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raise ArtifactError unless `state` could be this model's."""
 
-    @abstractmethod
+    def _check_queries(self, features: Features) -> None:
+        """Raise InputError for features that cannot be scored; see `patch_scores`."""
+        self.state()
+        check_features(features)
+        tensor = features.tensor
+        if tensor.device != self.device:
+            raise InputError(
+                f"{self.name} is on {self.device}, the features on {tensor.device}; move one of them, "
+                f"for instance with model.to({str(tensor.device)!r})."
+            )
+        if tensor.shape[3] != self.n_channels:
+            raise InputError(
+                f"D differs: {self.name} was fitted on features with D = {self.n_channels}, these have D = "
+                f"{tensor.shape[3]}; use the backbone and layers of the fit."
+            )
+
+    def _scores(self, features: Features) -> Scores:
+        """Score checked images; a model whose image score takes more than patch scores replaces this."""
+        return self._summarize(self._batch_scores(features), features.image_size)
+
+    def _batch_scores(self, features: Features) -> Tensor:
+        """Score checked features; a model that looks at more than their tensor replaces this one."""
+        return self._patch_scores(features.tensor)
+
     def _patch_scores(self, tensor: Tensor) -> Tensor:
         """Score checked features (B, h, w, D); gives (B, h, w) float32."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
         """Turn patch scores (B, h, w) into image scores and maps."""
+        raise NotImplementedError
 
 
 def check_features(features: Features) -> None:

@@ -65,7 +65,7 @@ class FeatureStore:
                         f"D of the validation images is {d}, of the others {n_channels}; "
                         "use one backbone and one set of layers."
                     )
-                store.append(batch.tensor)
+                store.add(batch)
         except BaseException:
             store.close()
             raise
@@ -85,6 +85,10 @@ class FeatureStore:
         found = self._digest.copy()
         found.update(str((self.n_channels, self.grids)).encode())
         return found.hexdigest()
+
+    def add(self, batch: Features) -> None:
+        """Add a checked batch; a subclass keeps more of it than the patch features."""
+        self.append(batch.tensor)
 
     def append(self, tensor: Tensor) -> None:
         """Add images (B, h, w, D), floating; D as before.

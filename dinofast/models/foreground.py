@@ -1,4 +1,4 @@
-"""Foreground masks without labels: the first principal component of an image's patches, thresholded."""
+"""Foreground masks without labels: the first principal component of an image's patches, or its gray."""
 
 from __future__ import annotations
 
@@ -9,8 +9,49 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from dinofast.errors import InputError
+from dinofast.types import Features
 
 MORPHOLOGIES = ("1d", "2d")
+RULES = ("intensity", "pca", "otsu", "none")
+
+
+def foreground_by(
+    rule: str, features: Features, intensity_threshold: float, mask_threshold: float | None
+) -> Tensor | None:
+    """Find the patches that show the object, by a rule of this name.
+
+    Args:
+        rule: "intensity": mean gray above `intensity_threshold`. "otsu": mean gray above the image's own
+            threshold, `otsu_mask`. "pca": `foreground_mask` of the features, closed on the grid. "none": all.
+        features: checked features; with `intensity` for the first two rules.
+        intensity_threshold: in [0, 1).
+        mask_threshold: of "pca".
+
+    Returns:
+        (B, h, w) bool, True on the foreground; None for "none".
+
+    Raises:
+        InputError: intensity or `mask_threshold` is missing, or the intensity is not (B, h, w) in [0, 1].
+    """
+    if rule == "none":
+        return None
+    if rule == "pca":
+        if mask_threshold is None:
+            raise InputError(
+                "foreground='pca' needs mask_threshold, in the units of the backbone's tokens: 10.0 for "
+                "DINOv2's last block, which a Detector fills in; find a value of your own for any other."
+            )
+        return foreground_mask(features.tensor, mask_threshold, "2d")
+    gray, grid = features.intensity, tuple(features.tensor.shape[:3])
+    if gray is None:
+        raise InputError(
+            f"foreground={rule!r} needs Features.intensity, the mean gray of each patch, which a Detector "
+            "fills in; give it, or choose foreground='pca' or 'none'."
+        )
+    if tuple(gray.shape) != grid or not bool(((gray >= 0) & (gray <= 1)).all()):
+        raise InputError(f"intensity must be {grid} with values in [0, 1], got {tuple(gray.shape)}")
+    gray = gray.to(features.tensor.device)
+    return otsu_mask(gray) if rule == "otsu" else gray > intensity_threshold
 
 
 def foreground_mask(
@@ -85,6 +126,38 @@ def foreground_mask(
     dilated = _dilate(mask.view(grid).float())
     closed = -_dilate(-_dilate(dilated))
     return closed.view(b, h, w) > 0
+
+
+def otsu_mask(values: Tensor) -> Tensor:
+    """Find the bright part of every image by the threshold that separates it best.
+
+    Of all splits of an image's values into low and high ones, the one with the largest variance between the
+    two parts is taken, w₀ · w₁ · (m₁ − m₀)² for parts of the shares w and the means m; the lowest threshold
+    among equally good ones. No histogram is made: every value is a possible threshold.
+
+    Args:
+        values: (B, h, w), finite, floating point, any device.
+
+    Returns:
+        (B, h, w) bool, True where a value belongs to the high part. An image of one value has none.
+
+    References:
+        Otsu, "A threshold selection method from gray-level histograms", IEEE Transactions on Systems, Man,
+        and Cybernetics 9, 1979.
+
+    >>> otsu_mask(torch.tensor([[[0.0, 0.1, 0.8, 0.9]]])).tolist()
+    [[[False, False, True, True]]]
+    """
+    flat = values.flatten(1).double().sort(dim=1).values
+    n = flat.shape[1]
+    low = torch.arange(1, n, device=flat.device)
+    total = flat.cumsum(dim=1)
+    gap = (total[:, -1:] - total[:, :-1]) / (n - low) - total[:, :-1] / low
+    between = low * (n - low) * gap.square()
+    between = torch.where(flat[:, 1:] > flat[:, :-1], between, -1.0)  # equal values stay together
+    best = torch.cat([between, between.new_full((len(flat), 1), -0.5)], dim=1).argmax(dim=1, keepdim=True)
+    threshold = flat.gather(1, best)
+    return values.double() > threshold[:, :, None]
 
 
 def _first_component(rows: Tensor) -> Tensor:

@@ -113,10 +113,10 @@ class IterativeModel(Model):
         progress: Progress | None = None,
     ) -> dict[str, Tensor]:
         with contextlib.ExitStack() as stack:
-            train = stack.enter_context(FeatureStore.of(features))
+            train = stack.enter_context(self._stored(features))
             held_back = None
             if validation is not None:
-                held_back = stack.enter_context(FeatureStore.of(validation, train.n_channels))
+                held_back = stack.enter_context(self._stored(validation, train.n_channels))
             run = {
                 **self.config(),
                 "features": train.fingerprint,
@@ -124,6 +124,10 @@ class IterativeModel(Model):
             }
             report = progress or (lambda _stage, _done, _total: None)
             return self._train(train, held_back, Checkpoint(checkpoint, run), report)
+
+    def _stored(self, features: Iterable[Features], n_channels: int | None = None) -> FeatureStore:
+        """Store what `_train` needs of a stream, read once."""
+        return FeatureStore.of(features, n_channels)
 
     @abstractmethod
     def _train(

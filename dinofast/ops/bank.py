@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
+from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS, knn_rows
-from dinofast.ops.knn_topk_bank import UNGROUPED
+from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
 from dinofast.ops.rows import BLOCK, normalize_rows
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "float32", "lowp", "pruned", "approximate")
 FEW = 4096  # rows below which the automatic choice prepares nothing
-MANY = 16384  # rows from which it tries groups
-WORTHWHILE = {
-    True: 0.3,
-    False: 0.05,
-}  # share of rows visited below which groups pay: with int8 hardware, without
+WORTHWHILE = {True: 0.8, False: 0.2}
+"""Cost relative to comparing all codes below which groups pay: with int8 hardware, without."""
+DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
+PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
+STREAMED = 1 << 24  # elements of a mapped file that are searched at a time
+UNIT = 4.5e-7  # how far from 1 a norm may be that the kernels take as it is; they take 2**-21
 PROBES = 8  # groups that an approximate search looks into
 
 
@@ -36,21 +38,25 @@ class Bank:
     """Keep rows in the forms that make searching them fast; give it to `knn_topk` in place of a tensor.
 
     "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
-    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means and skips
-    groups that the triangle inequality rules out. These three give the same results, bit for bit.
-    "approximate" looks only into the groups nearest to a query and may miss neighbors; `recall` tells how
-    many. "auto" takes "float32" for fewer than 4096 rows, "pruned" from 16384 rows on where a search for the
-    nearest other row of 192 rows visits less than 30 % of the bank (5 % without int8 instructions), else
-    "lowp" with such instructions, else "float32".
+    bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups
+    that the triangle inequality rules out, and compares the rest by outlines first: up to 92 principal
+    coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These three give the
+    same results, bit for bit. "approximate" looks only into the groups nearest to a query and may miss
+    neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a
+    search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without int8
+    instructions), else "lowp" with such instructions, else "float32".
 
     A bank on another device than the CPU, and any bank without the native kernels, is "float32".
 
     Args:
         rows: (M, D), M >= 1, floating point, finite; copied and kept as float32. A `numpy.memmap` of float32
-            is neither copied nor prepared: every search streams it from the file, by "float32".
+            is neither copied nor prepared: every search streams it from the file, by "float32"; it holds
+            64 MiB at a time of a map that is opened for reading only.
         metric: "cosine", "euclidean" or "sqeuclidean", as for `knn_topk`.
         strategy: one of "auto", "float32", "lowp", "pruned", "approximate".
         seed: of the k-means that groups rows.
+        adopt: keep the rows that are given, not a copy: contiguous float32, for "cosine" of unit norm to
+            4e-7 or zero, as `add` leaves them. They must not change while the bank is used.
 
     Attributes:
         metric: as given.
@@ -63,7 +69,7 @@ class Bank:
 
     Raises:
         InputError: rows are no matrix, not floating point, none, hold NaN or inf; unknown metric or strategy;
-            the seed is no integer of 64 bits.
+            the seed is no integer of 64 bits; rows to adopt are not as said there.
 
     >>> from dinofast.ops import knn_topk
     >>> bank = Bank(torch.eye(3))
@@ -78,17 +84,21 @@ class Bank:
         metric: str = "cosine",
         strategy: str = "auto",
         seed: int = 0,
+        adopt: bool = False,
     ) -> None:
         start = time.perf_counter()
         self._configure(metric, strategy, seed)
         self.mapped = not isinstance(rows, Tensor)
         if isinstance(rows, Tensor):
-            self._build(_prepare(rows, metric), start)
+            if adopt:
+                _check_prepared(rows, metric)
+            self._build(rows.detach() if adopt else _prepare(rows, metric), start)
             return
         tensor = _map(rows)
+        self._let_go = _letting_go(rows)
         if strategy not in ("auto", "float32"):
             raise InputError(f"Bank: a memory-mapped bank is searched by 'float32', not {strategy!r}")
-        _check_finite(tensor)
+        _check_finite(tensor, self._let_go)
         self._use([tensor], "float32", "the rows are memory-mapped", start)
 
     def _configure(self, metric: str, strategy: str, seed: int) -> None:
@@ -219,14 +229,10 @@ class Bank:
         if wanted == "float32" or reason:
             self._use([rows], "float32", "" if wanted == "float32" else reason, start)
             return
-        if wanted == "lowp" or (wanted == "auto" and m < MANY):
-            if wanted == "auto" and not providers.has_int8():
-                self._use([rows], "float32", "this processor has no int8 instructions", start)
-                return
-            reason = f"the bank has fewer than {MANY} rows" if wanted == "auto" else ""
-            self._use(_pack(rows, self.metric, None), "lowp", reason, start)
+        if wanted == "lowp":
+            self._use(pack(rows, self.metric, None), "lowp", "", start)
             return
-        packed = _pack(rows, self.metric, _group(rows, self._seed))
+        packed = pack(rows, self.metric, group(rows, self._seed))
         self._use(packed, "pruned" if wanted == "auto" else wanted, "", start)
         if wanted == "auto":
             self._choose(packed, start)
@@ -236,12 +242,13 @@ class Bank:
 
     def _choose(self, packed: list[Tensor], start: float) -> None:
         visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
-        share = float(visited.double().mean()) / packed[0].shape[0]
+        share = _share(visited, len(packed[0]))
         int8 = providers.has_int8()
-        if share < WORTHWHILE[int8]:
+        cost = _cost(visited, packed)
+        if cost < WORTHWHILE[int8]:
             self._use(packed, "pruned", f"a search visits {share:.1%} of the rows", start)
             return
-        reason = f"groups rule out too little: a search would visit {min(share, 1):.1%} of the rows"
+        reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
         if int8:
             self._use(packed[:UNGROUPED], "lowp", reason, start)
         else:
@@ -257,12 +264,29 @@ class Bank:
         """Answer `knn_topk(queries, self, k)`."""
         if self.mapped:
             self.visited_share = 1.0
-            return knn_rows(queries.to(torch.float32), self.rows, k, self.metric)
+            return self._stream(queries.to(torch.float32), k)
         probes = PROBES if self.strategy == "approximate" else 0
         distance, index, visited = knn_bank(queries, self.packed, k, self.metric, probes)
         if len(queries):
-            self.visited_share = min(float(visited.double().mean()) / len(self), 1.0)
+            self.visited_share = min(_share(visited, len(self)), 1.0)
         return distance, index
+
+    def _stream(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Search block after block of the mapped file, and let the pages of each go."""
+        found: tuple[Tensor, Tensor] | None = None
+        step = max(k, STREAMED // self.rows.shape[1])
+        for start in range(0, max(len(self) - k, 0) + 1, step):
+            last = start + step > len(self) - k
+            block = self.rows[start:] if last else self.rows[start : start + step]
+            distance, index = knn_rows(queries, block, k, self.metric)
+            index += start
+            if found:  # equal distances of earlier blocks stay first
+                distance, order = torch.cat([found[0], distance], 1).sort(dim=1, stable=True)
+                index = torch.cat([found[1], index], 1).gather(1, order)
+            found = distance[:, :k].contiguous(), index[:, :k].contiguous()
+            self._let_go()
+        assert found is not None
+        return found
 
 
 def knn_bank(
@@ -271,6 +295,19 @@ def knn_bank(
     """Call the operator on the tensors of a bank."""
     distance, index, visited = torch.ops.dinofast.knn_topk_bank.default(queries, packed, k, metric, probes)
     return distance, index, visited
+
+
+def _share(visited: Tensor, m: int) -> float:
+    return float(visited.double().mean(0).max()) / m
+
+
+def _cost(visited: Tensor, packed: list[Tensor]) -> float:
+    """Estimate the cost of a search by groups, relative to comparing all codes."""
+    forms = dict(zip(FORMS, packed, strict=True))
+    m, d = packed[0].shape
+    outlines, codes, decided = (visited.double().mean(0) / m).tolist()
+    channels, groups = forms["basis"].shape[1] + 4, len(forms["radius"])
+    return float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
 
 
 def _no_codes(rows: Tensor) -> str:
@@ -300,12 +337,14 @@ def _prepare(rows: Tensor, metric: str) -> Tensor:
 def _check_prepared(rows: Tensor, metric: str) -> None:
     """Refuse what `_prepare` cannot have given."""
     _check_rows(rows)
-    if rows.dtype != torch.float32:
-        raise InputError(f"Bank: rows must be float32, got {rows.dtype}")
+    if rows.dtype != torch.float32 or not rows.is_contiguous():
+        raise InputError(
+            f"Bank: rows must be contiguous float32, got {rows.dtype} of strides {rows.stride()}"
+        )
     _check_finite(rows)
     for start, block in _blocks(rows) if metric == "cosine" else ():
         norm = block.double().norm(dim=1)
-        wrong = ((norm != 0) & ((norm - 1).abs() > 1e-5)).nonzero()
+        wrong = ((norm != 0) & ((norm - 1).abs() > UNIT)).nonzero()
         if len(wrong):
             raise InputError(f"Bank: row {start + int(wrong[0])} has norm {norm[wrong[0]].item():.6g}, not 1")
 
@@ -316,8 +355,9 @@ def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, rows[start : start + step]
 
 
-def _check_finite(rows: Tensor) -> None:
+def _check_finite(rows: Tensor, between: Callable[[], None] = lambda: None) -> None:
     for start, block in _blocks(rows):
+        between()
         if not bool(block.sum().isfinite()):  # a sum of finite rows may overflow, so look closer
             broken = (~block.isfinite().all(dim=1)).nonzero()
             if len(broken):
@@ -339,50 +379,21 @@ def _map(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Tensor:
         return torch.from_numpy(rows)
 
 
+def _letting_go(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Callable[[], None]:
+    """Give what takes the file's pages out of memory, where they can be read again."""
+    import mmap
+
+    import numpy as np
+
+    owner: Any = rows
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    pages = owner.base
+    if rows.mode != "r" or not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return lambda: None
+    return lambda: pages.madvise(mmap.MADV_DONTNEED)
+
+
 def _held(rows: Tensor) -> Tensor:
     """Take up to `HELD` rows, evenly."""
     return rows[:: max(1, rows.shape[0] // HELD)][:HELD]
-
-
-def _group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,)."""
-    m = rows.shape[0]
-    count = max(1, min(int(m**0.5), 4096))
-    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
-    centroids, sample = rows[order[:count]].clone(), rows[order[: 32 * count]]
-    for _ in range(5):
-        group = knn_rows(sample, centroids, 1, "sqeuclidean")[1][:, 0]
-        size = torch.bincount(group, minlength=count)
-        total = torch.zeros_like(centroids).index_add_(0, group, sample)
-        centroids = torch.where(size[:, None] > 0, total / size[:, None].clamp_min(1), centroids)
-    if not bool(centroids.isfinite().all()):  # norms beyond float32's sums
-        centroids = rows[order[:1]].clone()
-    distance, index = knn_rows(rows, centroids, 1, "euclidean")
-    radius = torch.zeros(len(centroids)).scatter_reduce_(0, index[:, 0], distance[:, 0], "amax")
-    return centroids, radius * (1 + 1e-6), index[:, 0]
-
-
-def _pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
-    """Quantize rows, group after group, each padded to whole panels."""
-    width, (m, d) = providers.int8_columns(), rows.shape
-    group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
-    size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
-    padded = (size + width - 1) // width * width
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
-    order = group.argsort(stable=True)
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
-    columns = int(starts[-1])
-    row = torch.full((columns,), -1, dtype=torch.int64)
-    row[starts[group[order]] + torch.arange(m) - first[group[order]]] = order
-    center = rows[:: max(1, m // 1024)].double().mean(dim=0).float()
-    packed = [
-        rows,
-        torch.where(center.isfinite(), center, 0),
-        torch.zeros(1),
-        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
-        *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
-        row,
-        *((starts, *groups[:2]) if groups else ()),
-    ]
-    providers.quantize_bank(packed, metric)
-    return packed

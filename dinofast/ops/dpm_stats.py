@@ -103,15 +103,14 @@ def _reference(
     """Compute in float64: the expanded quadratic form errs by 1.3 nats in float32 at variance 1e-6."""
     results = _fake(x, means, precisions, log_weights, covariance_type)
     mu, precision, log_w = means.double(), precisions.double(), log_weights.double()
-    half_log_det, factor = _factor(mu, precision, covariance_type)
+    half_log_det, factor = factorize(mu, precision, covariance_type)
     constant = log_w + half_log_det - 0.5 * mu.shape[1] * math.log(2 * math.pi)
     constant = constant.masked_fill(~mu.isfinite().all(1) | (constant == torch.inf), torch.nan)
     sums = [torch.zeros_like(r, dtype=torch.float64) for r in results[1:]]
-    widest = means.shape[1] if covariance_type == "full" else 1
-    step = max(1, BLOCK // (mu.shape[0] * widest))
+    step = max(1, BLOCK // max(mu.shape))
     for start in range(0, x.shape[0], step):
         y = x[start : start + step].double()
-        log_joint = constant - 0.5 * _quadratic(y, mu, precision, factor, covariance_type)
+        log_joint = constant - 0.5 * quadratic(y, mu, precision, factor, covariance_type)
         log_likelihood = log_joint.logsumexp(dim=1)
         log_likelihood = log_likelihood.masked_fill(~y.isfinite().all(1), torch.nan)
         # where every component is impossible the row belongs to none, and its log-likelihood is −inf
@@ -131,8 +130,12 @@ def _reference(
     return results[0], count, first, second
 
 
-def _factor(mu: Tensor, precision: Tensor, covariance_type: str) -> tuple[Tensor, Tensor | None]:
-    """Give ½ ln|Λ| of every component and, for full covariance, the Cholesky factor of Λ."""
+def factorize(mu: Tensor, precision: Tensor, covariance_type: str) -> tuple[Tensor, Tensor | None]:
+    """Give ½ ln|Λ| (K,) of every component and, for full covariance, the Cholesky factors of Λ (K, D, D).
+
+    Raises:
+        RuntimeError: precisions that are not positive (definite).
+    """
     if covariance_type == "full":
         factor, failed = torch.linalg.cholesky_ex(precision)
         require_definite(int(failed.nonzero()[0]) if failed.any() else -1)
@@ -148,7 +151,7 @@ def log_constants(means: Tensor, precisions: Tensor, log_weights: Tensor, covari
     constants = log_weights.double() - 0.5 * means.shape[1] * math.log(2 * math.pi)
     if covariance_type == "full":
         return constants
-    return constants + _factor(means, precisions.double(), covariance_type)[0]
+    return constants + factorize(means, precisions.double(), covariance_type)[0]
 
 
 def require_definite(failed: int) -> None:
@@ -156,10 +159,10 @@ def require_definite(failed: int) -> None:
     require(failed < 0, lambda: f"dpm_stats: precisions of component {failed} are not positive definite")
 
 
-def _quadratic(
+def quadratic(
     y: Tensor, mu: Tensor, precision: Tensor, factor: Tensor | None, covariance_type: str
 ) -> Tensor:
-    """Give (y−μ)ᵀ Λ (y−μ) for every pair, (n, K)."""
+    """Give (y−μ)ᵀ Λ (y−μ) for every pair, (n, K), at least 0; `factor` as `factorize` gives it."""
     if factor is not None:
         return torch.stack([((y - m) @ f).square().sum(1) for m, f in zip(mu, factor, strict=True)], 1)
     scale = precision if covariance_type == "diag" else precision[:, None].expand(mu.shape)

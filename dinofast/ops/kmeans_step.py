@@ -76,7 +76,8 @@ def _fake(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         ),
     )
     index = rows.new_empty(n, dtype=torch.int64)
-    return index, rows.new_empty(n, dtype=dtype), torch.empty_like(centers), index.new_empty(centers.shape[0])
+    sums = centers.new_empty(centers.shape)
+    return index, rows.new_empty(n, dtype=dtype), sums, index.new_empty(centers.shape[0])
 
 
 def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> None:
@@ -91,8 +92,11 @@ def _verify(args: tuple[Tensor, ...], results: tuple[Tensor, ...], truth: tuple[
     over = (chosen - centers[owner]).square().sum(1) - sq_distance[whole]
     slack = 1e-6 * sq_distance[whole] + 1e-12
     assert bool((over <= slack).all()), f"a named center misses the nearest by {over.max()}"
-    same = (centers[:, None] == centers).all(2).to(torch.uint8).argmax(1)
-    assert torch.equal(same[owner], owner), "not the first of equal centers"
+    _, group = torch.unique(centers, dim=0, return_inverse=True)
+    first = torch.full_like(group, len(centers)).scatter_reduce_(
+        0, group, torch.arange(len(centers), device=group.device), "amin"
+    )
+    assert torch.equal(first[group[owner]], owner), "not the first of equal centers"
     assert torch.equal(counts, torch.bincount(owner, minlength=len(centers))), "counts are not those of index"
     own = torch.zeros_like(centers).index_add_(0, owner, chosen)
     torch.testing.assert_close(sums.double(), own, rtol=1e-6, atol=1e-6)

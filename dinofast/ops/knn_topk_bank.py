@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ STRATEGIES = ("float32", "lowp", "pruned")
 FORMS = (
     *("rows", "center", "weight", "codes", "scale", "bias", "error", "row"),
     *("starts", "centroids", "radius"),
+    *("basis", "outline_weight", "outline_codes", "outline_scale", "outline_bias"),
 )
 """The tensors behind a Bank, on the CPU, in the order of the operator's list.
 
@@ -35,8 +38,77 @@ first of these alone, the first eight, or all.
 - starts: (G + 1,), int64, first column of each group.
 - centroids: (G, D), float32.
 - radius: (G,), float32: no row of the group is farther from its centroid.
+- basis: (D, H), float32, H <= D, orthonormal columns. The outline of a row are its H coordinates in this
+  basis and four channels of half the norm of what they leave: T = H + 4 channels.
+- outline_weight: (2,), float32: weight, and a bound on how far the basis is from orthonormal.
+- outline_codes: (P · 4 · ceil(T / 4),), uint8; outline_scale, outline_bias: (P,), float32: as for the rows.
 """
 UNGROUPED = 8
+PANEL = 32
+
+
+def _check_packed(packed: list[Tensor]) -> None:
+    """Refuse a list whose tensors do not fit together, before native code reads by their sizes."""
+    require(
+        len(packed) in (1, UNGROUPED, len(FORMS)),
+        lambda: f"knn_topk: a packed bank has 1, {UNGROUPED} or {len(FORMS)} tensors, got {len(packed)}",
+    )
+    forms = dict(zip(FORMS, packed, strict=False))
+    rows = forms["rows"]
+    require(rows.dim() == 2, lambda: f"knn_topk: packed rows must be a matrix, got {rows.dim()} dimensions")
+    if len(packed) == 1:
+        return
+    (m, d), p = rows.shape, forms["row"].numel()
+    require(p % PANEL == 0, lambda: f"knn_topk: a packed bank has whole panels of {PANEL}, got {p} columns")
+    shapes: dict[str, tuple[int, ...]] = {
+        "rows": (m, d),
+        "center": (d,),
+        "weight": (1,),
+        "codes": (p * 4 * ((d + 3) // 4),),
+    }
+    shapes |= dict.fromkeys(("scale", "bias", "error", "row"), (p,))
+    if len(packed) > UNGROUPED:
+        g, h = forms["radius"].numel(), forms["basis"].shape[-1] if forms["basis"].dim() else 0
+        require(h <= d, lambda: f"knn_topk: packed basis has {h} directions in {d} channels")
+        shapes |= {"starts": (g + 1,), "centroids": (g, d), "radius": (g,), "basis": (d, h)}
+        shapes |= {"outline_weight": (2,), "outline_codes": (p * 4 * ((h + 7) // 4),)}
+        shapes |= {"outline_scale": (p,), "outline_bias": (p,)}
+    for name, shape in shapes.items():
+        _check_form(name, forms[name], shape, rows.device)
+
+
+def _check_form(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    whole = torch.int64 if name in ("row", "starts") else torch.float32
+    dtype = torch.uint8 if name.endswith("codes") else whole
+    require(
+        x.dtype == dtype and x.shape == shape and x.is_contiguous() and x.device == device,
+        lambda: (
+            f"knn_topk: packed {name} must be contiguous {dtype} {shape} on {device}, got {x.dtype} "
+            f"{tuple(x.shape)} of strides {x.stride()} on {x.device}; let Bank pack the rows"
+        ),
+    )
+
+
+def check_numbers(packed: list[Tensor]) -> None:
+    """Refuse row numbers and groups that native code would read out of bounds.
+
+    Raises:
+        RuntimeError: naming the form and its range.
+    """
+    forms = dict(zip(FORMS, packed, strict=False))
+    m, row = packed[0].shape[0], forms["row"]
+    low, high = (int(x) for x in row.aminmax()) if len(row) else (0, 0)
+    require(low >= -1 and high < m, lambda: f"knn_topk: packed row numbers {low} .. {high}, M is {m}")
+    held = int((row >= 0).sum())
+    require(held == m, lambda: f"knn_topk: a packed bank has a column for each of {m} rows, got {held}")
+    if "starts" not in forms:
+        return
+    starts = forms["starts"].tolist()
+    rising = all(a <= b and a % PANEL == 0 for a, b in pairwise(starts))
+    require(
+        rising and starts[0] == 0 and starts[-1] == len(row),
+        lambda: f"knn_topk: packed starts must rise from 0 to {len(row)} in steps of {PANEL}",
+    )
 
 
 def _reference(
@@ -45,12 +117,17 @@ def _reference(
     _fake(queries, packed, k, metric, probes)
     dtype = result_dtype(queries)
     distance, index = search(queries.to(dtype), packed[0].to(dtype), k, metric)
-    return distance, index, torch.full_like(index[:, 0], packed[0].shape[0])
+    return (
+        distance,
+        index,
+        torch.tensor([0, 0, packed[0].shape[0]], device=index.device).repeat(len(index), 1),
+    )
 
 
 def _fake(
     queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_packed(packed)
     m, d = packed[0].shape
     require(queries.dim() == 2, lambda: f"knn_topk: queries must be a matrix, got {queries.dim()} dimensions")
     require(
@@ -66,7 +143,7 @@ def _fake(
     return (
         queries.new_empty((q, k), dtype=result_dtype(queries)),
         queries.new_empty((q, k), dtype=torch.int64),
-        queries.new_empty(q, dtype=torch.int64),
+        queries.new_empty((q, 3), dtype=torch.int64),
     )
 
 

@@ -9,28 +9,19 @@ namespace {
 
 struct Avx2 {
     using Float = __m256;
-    using Int = __m256i;
+    using Wide = __m256d;
     static constexpr int LANES = 8;
 
     static Float set(float x) { return _mm256_set1_ps(x); }
     static Float load(const float* p) { return _mm256_loadu_ps(p); }
     static Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm256_fmadd_ps(x, y, sum); }
-    static Float keep(Float x, int n) {
-        const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), count_from(0));
-        return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_castsi256_ps(valid));
-    }
-    static Int count_from(int32_t n) {
-        return _mm256_add_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
-    }
-    static void replace_if_greater(Float& x, Int& i, Float y, Int j) {
-        const Float greater = _mm256_cmp_ps(y, x, _CMP_GT_OQ);
-        x = _mm256_blendv_ps(x, y, greater);
-        i = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(i), _mm256_castsi256_ps(j), greater));
-    }
-    static void store(Float x, Int i, float* value, int32_t* index) {
-        _mm256_storeu_ps(value, x);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), i);
+    // y where x is NaN.
+    static Float larger(Float x, Float y) { return _mm256_max_ps(x, y); }
+    static float largest(Float x) {
+        __m128 top = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+        return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
     }
     static void scale(const float* x, Float first, Float second, float* out) {
         _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_mul_ps(load(x), first), second));
@@ -55,6 +46,9 @@ struct Avx2 {
     }
     static Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm256_storeu_ps(p, x); }
+    static Wide add_widened(Wide sum, const float* p) {
+        return _mm256_add_pd(sum, _mm256_cvtps_pd(_mm_loadu_ps(p)));
+    }
     static __m128 halves(Float x) {
         return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     }
@@ -81,9 +75,22 @@ struct Avx2 {
 
 struct Avx2Mixture : Avx2 {
     using Avx2::multiply_add;
+    using Avx2::store;
     using Avx2::subtract;
     using Double = __m256d;
+    using Int = __m256i;
 
+    static Float least(Float x, Float y) { return _mm256_min_ps(x, y); }  // y if one is NaN
+    static Int repeat(int32_t n) { return _mm256_set1_epi32(n); }
+    static void replace_if_greater(Float& x, Int& i, Float y, Int j) {
+        const Float greater = _mm256_cmp_ps(y, x, _CMP_GT_OQ);
+        x = _mm256_blendv_ps(x, y, greater);
+        i = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(i), _mm256_castsi256_ps(j), greater));
+    }
+    static void store(Float x, Int i, float* value, int32_t* index) {
+        _mm256_storeu_ps(value, x);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), i);
+    }
     static Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
     static Double widen(double x) { return _mm256_set1_pd(x); }
     static Double widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
@@ -104,7 +111,7 @@ const Tile avx2_tile = {"avx2",
                         6,
                         16,
                         register_tile_normalize<Avx2>,
-                        register_tile_best<Avx2, 6>,
+                        register_tile_write<Avx2, 6>,
                         register_tile_sieve<Avx2, 6>,
                         vector_lines<Avx2>,
                         &mixture_tile<Avx2Mixture, 6>};

@@ -9,7 +9,7 @@ namespace {
 
 struct Avx512 {
     using Float = __m512;
-    using Int = __m512i;
+    using Wide = __m512d;
     static constexpr int LANES = 16;
 
     static Float set(float x) { return _mm512_set1_ps(x); }
@@ -17,41 +17,41 @@ struct Avx512 {
     static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
     static __mmask16 first_lanes(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
-    static Float keep(Float x, int n) {
-        return _mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(-INFINITY), x);
-    }
-    static Int count_from(int32_t n) {
-        const Int lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        return _mm512_add_epi32(_mm512_set1_epi32(n), lanes);
-    }
-    static void replace_if_greater(Float& x, Int& i, Float y, Int j) {
-        const __mmask16 greater = _mm512_cmp_ps_mask(y, x, _CMP_GT_OQ);
-        x = _mm512_mask_blend_ps(greater, x, y);
-        i = _mm512_mask_blend_epi32(greater, i, j);
-    }
-    static void store(Float x, Int i, float* value, int32_t* index) {
-        _mm512_storeu_ps(value, x);
-        _mm512_storeu_si512(index, i);
-    }
+    // y where x is NaN.
+    static Float larger(Float x, Float y) { return _mm512_max_ps(x, y); }
+    static float largest(Float x) { return _mm512_reduce_max_ps(x); }
     static void scale(const float* x, Float first, Float second, float* out) {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
     static double sum_of_squares(const float* x, int64_t d) {
-        __m512d low = _mm512_setzero_pd(), high = low;
-        for (int64_t k = 0; k < d; k += 16) {
+        __m512d sum[4];
+        for (__m512d& part : sum) part = _mm512_setzero_pd();
+        int64_t k = 0;
+        for (; k + 32 <= d; k += 32) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const __m512d v = _mm512_cvtps_pd(_mm256_loadu_ps(x + k + 8 * i));
+                sum[i] = _mm512_fmadd_pd(v, v, sum[i]);
+            }
+        }
+        for (; k < d; k += 16) {
             const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
             const Float v = _mm512_maskz_loadu_ps(valid, x + k);
             const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
             const __m512d b =
                 _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-            low = _mm512_fmadd_pd(a, a, low);
-            high = _mm512_fmadd_pd(b, b, high);
+            sum[0] = _mm512_fmadd_pd(a, a, sum[0]);
+            sum[1] = _mm512_fmadd_pd(b, b, sum[1]);
         }
-        return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+        const __m512d left = _mm512_add_pd(sum[0], sum[1]), right = _mm512_add_pd(sum[2], sum[3]);
+        return _mm512_reduce_add_pd(_mm512_add_pd(left, right));
     }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
+    static Wide add_widened(Wide sum, const float* p) {
+        return _mm512_add_pd(sum, _mm512_cvtps_pd(_mm256_loadu_ps(p)));
+    }
     static __m128 quarters(Float x) {
         const __m128 low = _mm_add_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1));
         return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(x, 2), _mm512_extractf32x4_ps(x, 3)));
@@ -79,9 +79,22 @@ struct Avx512 {
 
 struct Avx512Mixture : Avx512 {
     using Avx512::multiply_add;
+    using Avx512::store;
     using Avx512::subtract;
     using Double = __m512d;
+    using Int = __m512i;
 
+    static Float least(Float x, Float y) { return _mm512_min_ps(x, y); }  // y if one is NaN
+    static Int repeat(int32_t n) { return _mm512_set1_epi32(n); }
+    static void replace_if_greater(Float& x, Int& i, Float y, Int j) {
+        const __mmask16 greater = _mm512_cmp_ps_mask(y, x, _CMP_GT_OQ);
+        x = _mm512_mask_blend_ps(greater, x, y);
+        i = _mm512_mask_blend_epi32(greater, i, j);
+    }
+    static void store(Float x, Int i, float* value, int32_t* index) {
+        _mm512_storeu_ps(value, x);
+        _mm512_storeu_si512(index, i);
+    }
     static Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
     static Double widen(double x) { return _mm512_set1_pd(x); }
     static Double widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
@@ -98,7 +111,7 @@ const Tile avx512_tile = {"avx512",
                           12,
                           32,
                           register_tile_normalize<Avx512>,
-                          register_tile_best<Avx512, 12>,
+                          register_tile_write<Avx512, 12>,
                           register_tile_sieve<Avx512, 12>,
                           vector_lines<Avx512>,
                           &mixture_tile<Avx512Mixture, 12>};

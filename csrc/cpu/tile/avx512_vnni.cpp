@@ -5,63 +5,152 @@
 namespace dinofast {
 namespace {
 
+constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS, LANES = 16, QUADS = Int8Tile::RUN / 4;
+
 struct Avx512Vnni {
     // _mm512_dpbusd_epi32 in place: of the intrinsic's sums GCC 12 keeps two copies, one of them in memory.
     static void add_products(__m512i& sum, __m512i b, __m512i a) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
     }
 
-    static int64_t sieve(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
-                         const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
-                         const float* bias, const float* threshold, Hit* hits) {
-        constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS, LANES = 16;
-        int64_t found = 0;
-        for (int64_t column = 0; column < columns; column += COLUMNS) {
-            const uint8_t* b = panels + column * quads * 4;
-            const int32_t* a = tile;
-            __m512i left[ROWS], right[ROWS];
+    // Products of a tile with one panel, left and right half.
+    [[gnu::always_inline]] static void panel_products(const int32_t* tile, const int32_t* row_sum,
+                                                      const uint8_t* b, int64_t quads, __m512i (&left)[ROWS],
+                                                      __m512i (&right)[ROWS]) {
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) left[r] = right[r] = _mm512_set1_epi32(-128 * row_sum[r]);
-            for (int64_t quad = 0; quad < quads; ++quad, a += ROWS, b += 4 * COLUMNS) {
+        for (int r = 0; r < ROWS; ++r) left[r] = right[r] = _mm512_set1_epi32(-128 * row_sum[r]);
+        for (int64_t run = 0; run < quads; run += QUADS) {
+            const int32_t* a = tile + run * ROWS;
+            const int64_t depth = quads - run < QUADS ? quads - run : QUADS;
+            for (int64_t quad = 0; quad < depth; ++quad, b += 4 * COLUMNS) {
                 const __m512i b_left = _mm512_loadu_si512(b), b_right = _mm512_loadu_si512(b + 64);
 #pragma GCC unroll 16
                 for (int r = 0; r < ROWS; ++r) {
-                    const __m512i x = _mm512_set1_epi32(a[r]);
+                    const __m512i x = _mm512_set1_epi32(a[r * QUADS + quad]);
                     add_products(left[r], b_left, x);
                     add_products(right[r], b_right, x);
                 }
             }
-            const __m512 scale_left = _mm512_loadu_ps(scale + column);
-            const __m512 scale_right = _mm512_loadu_ps(scale + column + LANES);
-            const __m512 bias_left = _mm512_loadu_ps(bias + column);
-            const __m512 bias_right = _mm512_loadu_ps(bias + column + LANES);
+        }
+    }
+
+    static __m512 score(__m512i product, __m512 factor, const float* scale, const float* bias) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scale), _mm512_cvtepi32_ps(product));
+        return _mm512_fmadd_ps(factor, scaled, _mm512_loadu_ps(bias));
+    }
+
+    static int64_t sieve(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
+                         const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
+                         const float* bias, const float* threshold, Hit* hits) {
+        int64_t found = 0;
+        for (int64_t column = 0; column < columns; column += COLUMNS) {
+            __m512i left[ROWS], right[ROWS];
+            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right);
             const int64_t present = columns - column;
             const uint32_t valid = present < COLUMNS ? (1u << present) - 1 : 0xffffffffu;
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 const __m512 limit = _mm512_set1_ps(threshold[r]), factor = _mm512_set1_ps(row_scale[r]);
-                const __m512 x = _mm512_fmadd_ps(
-                    factor, _mm512_mul_ps(scale_left, _mm512_cvtepi32_ps(left[r])), bias_left);
-                const __m512 y = _mm512_fmadd_ps(
-                    factor, _mm512_mul_ps(scale_right, _mm512_cvtepi32_ps(right[r])), bias_right);
+                const __m512 x = score(left[r], factor, scale + column, bias + column);
+                const __m512 y = score(right[r], factor, scale + column + LANES, bias + column + LANES);
                 uint32_t through = _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ);
                 through |= static_cast<uint32_t>(_mm512_cmp_ps_mask(y, limit, _CMP_NLT_UQ)) << LANES;
                 if (__builtin_expect(through == 0, 1)) continue;
-                float score[COLUMNS];
-                _mm512_storeu_ps(score, x);
-                _mm512_storeu_ps(score + LANES, y);
+                float scores[COLUMNS];
+                _mm512_storeu_ps(scores, x);
+                _mm512_storeu_ps(scores + LANES, y);
                 for (through &= valid; through != 0; through &= through - 1) {
                     const int lane = __builtin_ctz(through);
-                    hits[found++] = {r, static_cast<int32_t>(column) + lane, score[lane]};
+                    hits[found++] = {r, static_cast<int32_t>(column) + lane, scores[lane]};
                 }
             }
         }
         return found;
     }
+
+    static void products(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
+                         const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
+                         const float* bias, float* out, int64_t stride) {
+        for (int64_t column = 0; column < columns; column += COLUMNS) {
+            __m512i left[ROWS], right[ROWS];
+            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512 factor = _mm512_set1_ps(row_scale[r]);
+                const int64_t half = column + LANES;
+                _mm512_storeu_ps(out + r * stride + column,
+                                 score(left[r], factor, scale + column, bias + column));
+                _mm512_storeu_ps(out + r * stride + half, score(right[r], factor, scale + half, bias + half));
+            }
+        }
+    }
+
+    // Channels k to k + 16 of x - center, 0 behind the last.
+    static __m512 gap(const float* x, const float* center, int64_t k, int64_t d) {
+        const int64_t left = d - k;
+        const __mmask16 valid = left >= LANES ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+        return _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + k), _mm512_maskz_loadu_ps(valid, center + k));
+    }
+
+    struct Sums {
+        __m512 top = _mm512_setzero_ps(), square = _mm512_setzero_ps();
+
+        void add(__m512 p) {
+            top = _mm512_max_ps(_mm512_abs_ps(p), top);
+            square = _mm512_fmadd_ps(p, p, square);
+        }
+    };
+
+    struct Coder {
+        __m512 by, step, rest = _mm512_setzero_ps();
+        __m512i sum = _mm512_setzero_si512();
+
+        void write(__m512 p, int8_t* out) {
+            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(p, by));
+            const __m512 left = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), step, p);
+            rest = _mm512_fmadd_ps(left, left, rest);
+            sum = _mm512_add_epi32(sum, code);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(code));
+        }
+    };
+
+    static Quantized quantize(const float* x, const float* center, int64_t d, int8_t* codes, int64_t stride) {
+        constexpr int RUN = Int8Tile::RUN;
+        const int64_t whole = d / RUN * RUN;
+        Sums sums[2];
+        for (int64_t k = 0; k < whole; k += 2 * LANES) {
+            sums[0].add(_mm512_sub_ps(_mm512_loadu_ps(x + k), _mm512_loadu_ps(center + k)));
+            sums[1].add(_mm512_sub_ps(_mm512_loadu_ps(x + k + LANES), _mm512_loadu_ps(center + k + LANES)));
+        }
+        for (int64_t k = whole; k < d; k += LANES) sums[0].add(gap(x, center, k, d));
+        const float peak = _mm512_reduce_max_ps(_mm512_max_ps(sums[0].top, sums[1].top));
+        const float square = _mm512_reduce_add_ps(_mm512_add_ps(sums[0].square, sums[1].square));
+        const bool usable = peak > 1e-12f && peak < 1e12f && square < 1e30f;
+        const float scale = usable ? peak / 127 : 0;
+        const __m512 by = _mm512_set1_ps(usable ? 127 / peak : 0), step = _mm512_set1_ps(scale);
+        Coder coder[2] = {{by, step}, {by, step}};
+        for (int64_t run = 0; run < whole; run += RUN, codes += stride) {
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < RUN; k += LANES) {
+                const float *from = x + run + k, *less = center + run + k;
+                const __m512 p = _mm512_sub_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(less));
+                coder[k / LANES % 2].write(p, codes + k);
+            }
+        }
+        for (int64_t k = 0; whole < d && k < RUN; k += LANES) {
+            coder[0].write(gap(x, center, whole + k, d), codes + k);
+        }
+        if (!usable && !(peak == 0 && square == 0)) return {0, __builtin_inff(), __builtin_inff(), 0};
+        const float up = 1 + static_cast<float>(d + 64) * 0x1p-24f;
+        const float rest = _mm512_reduce_add_ps(_mm512_add_ps(coder[0].rest, coder[1].rest));
+        return {scale, up * __builtin_sqrtf(rest), up * __builtin_sqrtf(square),
+                _mm512_reduce_add_epi32(_mm512_add_epi32(coder[0].sum, coder[1].sum))};
+    }
 };
 
 }  // namespace
 
-const Int8Tile avx512_vnni_tile = {"avx512_vnni", Avx512Vnni::sieve};
+const Int8Tile avx512_vnni_tile = {"avx512_vnni", Avx512Vnni::sieve, Avx512Vnni::products,
+                                   Avx512Vnni::quantize};
 
 }  // namespace dinofast

@@ -1,5 +1,6 @@
 // The definition, in plain C++; what every other file in this folder computes faster.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "../mixture_tile.h"
@@ -36,18 +37,13 @@ void add_products(const float* tile, const float* b, int64_t d, float (&product)
     }
 }
 
-void best(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first, float* value,
-          int32_t* index) {
+void write_products(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
+                    float* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         float product[ROWS][COLUMNS] = {};
         add_products(tile, panels + column * d, d, product);
         for (int r = 0; r < ROWS; ++r) {
-            for (int c = 0; c < COLUMNS && column + c < columns; ++c) {
-                if (product[r][c] > value[r]) {
-                    value[r] = product[r][c];
-                    index[r] = first + static_cast<int32_t>(column + c);
-                }
-            }
+            for (int c = 0; c < COLUMNS; ++c) out[r * stride + column + c] = product[r][c] + bias[column + c];
         }
     }
 }
@@ -100,6 +96,33 @@ void rough_sq_distances(const float* x, const float* const y[4], int64_t d, floa
         for (; k < d; ++k) sums[0] += (x[k] - z[k]) * (x[k] - z[k]);
         out[which] = 0;
         for (float part : sums) out[which] += part;
+    }
+}
+
+float dot(const float* x, const float* y, int64_t d) {
+    float sums[SUMS] = {};
+    for (int64_t k = 0; k < d; k += SUMS) {
+        for (int i = 0; i < SUMS; ++i) sums[i] += x[k + i] * y[k + i];
+    }
+    float sum = 0;
+    for (float part : sums) sum += part;
+    return sum;
+}
+
+int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+    float best = limit + slack;
+    for (int64_t j = 0; j < count; ++j) best = std::max(best, score[j]);  // no NaN
+    int64_t found = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        if (!(score[j] < best - 2 * slack)) columns[found++] = static_cast<int32_t>(j);
+    }
+    return found;
+}
+
+void add_rows(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+              double* out) {
+    for (int64_t t = 0; t < count; ++t) {
+        for (int64_t j = 0; j < n; ++j) out[j] += static_cast<double>(rows[index[t] * stride + j]);
     }
 }
 
@@ -163,6 +186,37 @@ void factored(const float* panel, const float* y, int64_t depth, float* sums) {
     }
 }
 
+void choose(const float* sums, const float* upper, int64_t count, float half, int32_t* at) {
+    float top[COLUMNS];
+    std::fill(top, top + COLUMNS, -INFINITY);
+    std::fill(at, at + COLUMNS, -1);
+    for (int64_t k = 0; k < count; ++k, sums += COLUMNS) {
+        for (int c = 0; c < COLUMNS; ++c) {
+            const float bound = upper[k] - half * sums[c];
+            at[c] = bound > top[c] ? static_cast<int32_t>(k) : at[c];
+            top[c] = bound > top[c] ? bound : top[c];
+        }
+    }
+}
+
+int64_t survive(const float* sums, const float* upper, const float* slack, int64_t count, float half,
+                float growth, const float* norm, const float* floor, uint32_t* alive, int64_t* grown) {
+    int64_t total = 0, grown_total = 0;
+    for (int64_t k = 0; k < count; ++k, sums += COLUMNS) {
+        alive[k] = 0;
+        for (int c = 0; c < COLUMNS; ++c) {
+            const float sum = sums[c] > FLT_MAX ? FLT_MAX : sums[c];
+            const float limit = upper[k] + slack[k] * norm[c] - floor[c];
+            const bool lives = !(half * sum > limit);
+            alive[k] |= static_cast<uint32_t>(lives) << c;
+            total += lives;
+            grown_total += !(half * growth * sum > limit);
+        }
+    }
+    *grown = grown_total;
+    return total;
+}
+
 void weigh(const float* y, int64_t stride, const int32_t* rows, const float* weights, int64_t count,
            bool square, float* sums) {
     float sum[ROWS][COLUMNS] = {};
@@ -191,13 +245,19 @@ double dot(const T* x, const double* y, int64_t d) {
     return sum;
 }
 
-constexpr MixtureTile mixture = {ROWS,  COLUMNS,  spread,     spread_exactly, factored,
-                                 weigh, distance, dot<float>, dot<double>};
+constexpr MixtureTile mixture = {ROWS,    COLUMNS, spread,   spread_exactly, factored,   choose,
+                                 survive, weigh,   distance, dot<float>,     dot<double>};
 
 }  // namespace
 
 const Tile baseline_tile = {
-    "baseline", ROWS, COLUMNS, normalize, best, sieve, {sq_distance, rough_sq_distances, add_scaled, combine},
+    "baseline",
+    ROWS,
+    COLUMNS,
+    normalize,
+    write_products,
+    sieve,
+    {sq_distance, rough_sq_distances, dot, select, add_rows, add_scaled, combine},
     &mixture};
 
 }  // namespace dinofast

@@ -6,14 +6,15 @@ namespace {
 int64_t sieve(const int32_t* tile, const float* row_scale, const int32_t* row_sum, const uint8_t* panels,
               int64_t columns, int64_t quads, const float* scale, const float* bias, const float* threshold,
               Hit* hits) {
-    constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS;
+    constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS, QUADS = Int8Tile::RUN / 4;
     int64_t found = 0;
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         for (int r = 0; r < ROWS; ++r) {
             int32_t sum[COLUMNS];
             for (int c = 0; c < COLUMNS; ++c) sum[c] = -128 * row_sum[r];
             for (int64_t quad = 0; quad < quads; ++quad) {
-                const int8_t* a = reinterpret_cast<const int8_t*>(tile + quad * ROWS + r);
+                const int64_t run = quad / QUADS, at = (run * ROWS + r) * QUADS + quad % QUADS;
+                const int8_t* a = reinterpret_cast<const int8_t*>(tile + at);
                 const uint8_t* b = panels + (column * quads + quad * COLUMNS) * 4;
                 for (int c = 0; c < COLUMNS; ++c) {
                     sum[c] +=
@@ -32,6 +33,6 @@ int64_t sieve(const int32_t* tile, const float* row_scale, const int32_t* row_su
 
 }  // namespace
 
-const Int8Tile baseline_int8_tile = {"baseline", sieve};
+const Int8Tile baseline_int8_tile = {"baseline", sieve, nullptr, nullptr};
 
 }  // namespace dinofast

@@ -1,6 +1,9 @@
 // The parts of MixtureTile over a vector type V, written once; instantiated as register_tile.h is.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
+
 #include "../mixture_tile.h"
 
 namespace dinofast {
@@ -90,6 +93,53 @@ void mixture_factored(const float* panel, const float* y, int64_t depth, float* 
     V::store(right_sum, sums + LANES);
 }
 
+template <class V>
+void mixture_choose(const float* sums, const float* upper, int64_t count, float half, int32_t* at) {
+    constexpr int LANES = V::LANES;
+    using Float = typename V::Float;
+    Float left_top = V::set(-INFINITY), right_top = left_top;
+    auto left_at = V::repeat(-1), right_at = left_at;
+    const Float minus_half = V::set(-half);
+    for (int64_t k = 0; k < count; ++k, sums += 2 * LANES) {
+        const Float constant = V::set(upper[k]);
+        const auto number = V::repeat(static_cast<int32_t>(k));
+        const Float left = V::multiply_add(minus_half, V::load(sums), constant);
+        const Float right = V::multiply_add(minus_half, V::load(sums + LANES), constant);
+        V::replace_if_greater(left_top, left_at, left, number);
+        V::replace_if_greater(right_top, right_at, right, number);
+    }
+    float top[LANES];
+    V::store(left_top, left_at, top, at);
+    V::store(right_top, right_at, top, at + LANES);
+}
+
+template <class V>
+int64_t mixture_survive(const float* sums, const float* upper, const float* slack, int64_t count, float half,
+                        float growth, const float* norm, const float* floor, uint32_t* alive,
+                        int64_t* grown) {
+    constexpr int LANES = V::LANES;
+    using Float = typename V::Float;
+    const Float left_norm = V::load(norm), right_norm = V::load(norm + LANES);
+    const Float left_floor = V::load(floor), right_floor = V::load(floor + LANES);
+    const Float largest = V::set(FLT_MAX), factor = V::set(half), wide_factor = V::set(half * growth);
+    int64_t total = 0, grown_total = 0;
+    for (int64_t k = 0; k < count; ++k, sums += 2 * LANES) {
+        const Float constant = V::set(upper[k]), by = V::set(slack[k]);
+        const Float left = V::least(largest, V::load(sums));
+        const Float right = V::least(largest, V::load(sums + LANES));
+        const Float left_limit = V::subtract(V::multiply_add(by, left_norm, constant), left_floor);
+        const Float right_limit = V::subtract(V::multiply_add(by, right_norm, constant), right_floor);
+        alive[k] = V::not_below(left_limit, V::multiply(factor, left)) |
+                   V::not_below(right_limit, V::multiply(factor, right)) << LANES;
+        total += __builtin_popcount(alive[k]);
+        grown_total +=
+            __builtin_popcount(V::not_below(left_limit, V::multiply(wide_factor, left)) |
+                               V::not_below(right_limit, V::multiply(wide_factor, right)) << LANES);
+    }
+    *grown = grown_total;
+    return total;
+}
+
 template <class V, int ROWS, bool SQUARE>
 void mixture_weigh_power(const float* y, int64_t stride, const int32_t* rows, const float* weights,
                          int64_t count, float* sums) {
@@ -166,6 +216,8 @@ constexpr MixtureTile mixture_tile = {
     mixture_spread<V, ROWS>,
     mixture_spread_exactly<V, ROWS>,
     mixture_factored<V, ROWS>,
+    mixture_choose<V>,
+    mixture_survive<V>,
     mixture_weigh<V, ROWS>,
     mixture_distance<V>,
     mixture_dot<V, float>,

@@ -45,50 +45,18 @@ template <class V, int ROWS>
 }
 
 template <class V, int ROWS>
-void register_tile_best(const float* tile, const float* panels, int64_t columns, int64_t d, int32_t first,
-                        float* value, int32_t* index) {
+void register_tile_write(const float* tile, const float* panels, int64_t columns, int64_t d,
+                         const float* bias, float* out, int64_t stride) {
     using Float = typename V::Float;
-    using Int = typename V::Int;
     constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
-    Float best_value[ROWS];
-    Int best_index[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-        best_value[r] = V::set(-INFINITY);
-        best_index[r] = V::count_from(first);
-    }
     for (int64_t column = 0; column < columns; column += WIDTH) {
         Float left[ROWS], right[ROWS];
         register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right);
-        const int32_t number = first + static_cast<int32_t>(column);
-        const Int left_index = V::count_from(number), right_index = V::count_from(number + LANES);
-        const int valid = columns - column < WIDTH ? static_cast<int>(columns - column) : WIDTH;
+        const Float bias_left = V::load(bias + column), bias_right = V::load(bias + column + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
-            Float x = left[r];
-            Int i = left_index;
-            if (valid < WIDTH) {
-                x = V::keep(x, valid);
-                right[r] = V::keep(right[r], valid - LANES);
-            }
-            V::replace_if_greater(x, i, right[r], right_index);
-            V::replace_if_greater(best_value[r], best_index[r], x, i);
-        }
-    }
-    for (int r = 0; r < ROWS; ++r) {
-        float lane_value[LANES];
-        int32_t lane_index[LANES];
-        V::store(best_value[r], best_index[r], lane_value, lane_index);
-        float top = lane_value[0];
-        int32_t at = lane_index[0];
-        for (int lane = 1; lane < LANES; ++lane) {
-            if (lane_value[lane] > top || (lane_value[lane] == top && lane_index[lane] < at)) {
-                top = lane_value[lane];
-                at = lane_index[lane];
-            }
-        }
-        if (top > value[r]) {
-            value[r] = top;
-            index[r] = at;
+            V::store(V::add(left[r], bias_left), out + r * stride + column);
+            V::store(V::add(right[r], bias_right), out + r * stride + column + LANES);
         }
     }
 }

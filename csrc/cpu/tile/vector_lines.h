@@ -41,6 +41,66 @@ void vector_rough_sq_distances(const float* x, const float* const y[4], int64_t 
 }
 
 template <class V>
+float vector_dot(const float* x, const float* y, int64_t d) {
+    constexpr int LANES = V::LANES, PARTS = 4;
+    typename V::Float sum[PARTS];
+#pragma GCC unroll 4
+    for (int i = 0; i < PARTS; ++i) sum[i] = V::set(0);
+    int64_t k = 0;
+    for (; k + PARTS * LANES <= d; k += PARTS * LANES) {
+#pragma GCC unroll 4
+        for (int i = 0; i < PARTS; ++i) {
+            sum[i] = V::multiply_add(V::load(x + k + i * LANES), V::load(y + k + i * LANES), sum[i]);
+        }
+    }
+    for (; k < d; k += LANES) sum[0] = V::multiply_add(V::load(x + k), V::load(y + k), sum[0]);
+    float parts[PARTS];
+    V::sum_each(sum, parts);
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+template <class V>
+int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+    constexpr int LANES = V::LANES;
+    auto best = V::set(limit + slack);
+    for (int64_t j = 0; j < count; j += LANES) best = V::larger(V::load(score + j), best);
+    best = V::set(V::largest(best) - 2 * slack);
+    int64_t found = 0;
+    for (int64_t j = 0; j < count; j += LANES) {
+        uint32_t through = V::not_below(V::load(score + j), best);
+        if (__builtin_expect(through == 0, 1)) continue;
+        if (count - j < LANES) through &= (1u << (count - j)) - 1;
+        for (; through != 0; through &= through - 1) {
+            columns[found++] = static_cast<int32_t>(j) + __builtin_ctz(through);
+        }
+    }
+    return found;
+}
+
+template <class V>
+void vector_add_rows(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
+                     double* out) {
+    constexpr int LANES = V::LANES / 2, PARTS = 8;
+    using Wide = typename V::Wide;
+    int64_t j = 0;
+    for (; j + PARTS * LANES <= n; j += PARTS * LANES) {
+        Wide sum[PARTS];
+        __builtin_memcpy(sum, out + j, sizeof sum);
+        for (int64_t t = 0; t < count; ++t) {
+            const float* row = rows + index[t] * stride + j;
+#pragma GCC unroll 8
+            for (int part = 0; part < PARTS; ++part) {
+                sum[part] = V::add_widened(sum[part], row + part * LANES);
+            }
+        }
+        __builtin_memcpy(out + j, sum, sizeof sum);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        for (int64_t i = j; i < n; ++i) out[i] += static_cast<double>(rows[index[t] * stride + i]);
+    }
+}
+
+template <class V>
 void vector_add_scaled(const float* x, float factor, int64_t n, float* out) {
     const auto by = V::set(factor);
     int64_t j = 0;
@@ -84,7 +144,9 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 }
 
 template <class V>
-constexpr Lines vector_lines = {vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_add_scaled<V>,
-                                vector_combine<V>};
+constexpr Lines vector_lines = {
+    vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,     vector_select<V>,
+    vector_add_rows<V>,    vector_add_scaled<V>,         vector_combine<V>,
+};
 
 }  // namespace dinofast

@@ -16,9 +16,10 @@ from dinofast.ops.cosine_max import _fake as cosine_max_results
 from dinofast.ops.dpm_stats import _fake as dpm_stats_results
 from dinofast.ops.dpm_stats import log_constants, require_definite
 from dinofast.ops.farthest_point import _fake as farthest_point_results
+from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
-from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED, check_numbers
 from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
 from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_cosine_max
 from dinofast.ops.registry import MISSING, Kernel, forced_backend, provide
@@ -162,7 +163,8 @@ else:
                 index.data_ptr(),
                 _threads(),
             )
-            return distance, index, visited.fill_(m)
+            return distance, index, visited.copy_(torch.tensor([0, 0, m]))
+        check_numbers(packed)
         queries = dense(queries)
         _native.knn_topk_bank(
             *matrix(queries),
@@ -171,7 +173,7 @@ else:
             _pointers(packed),
             m,
             len(packed[UNGROUPED - 1]),
-            len(packed[-1]) if len(packed) > UNGROUPED else 0,
+            *_groups(packed),
             k,
             METRICS.index(metric),
             probes,
@@ -251,10 +253,29 @@ else:
     provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, _refuse_first))
 
     @_naming_isa
+    def _kmeans_step_cpu(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index, sq_distance, sums, counts = kmeans_step_results(rows, centers)
+        rows, centers = dense(rows), dense(centers)
+        _native.kmeans_step(
+            *matrix(rows),
+            rows.shape[1],
+            _NATIVE_ELEMENTS[rows.dtype],
+            *matrix(centers),
+            index.data_ptr(),
+            sq_distance.data_ptr(),
+            sums.data_ptr(),
+            counts.data_ptr(),
+            _threads(),
+        )
+        return index, sq_distance, sums, counts
+
+    provide("kmeans_step", Kernel("cpu", ("cpu",), _kmeans_step_cpu, _refuse_first))
+
+    @_naming_isa
     def dpm_stats_native(
         x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
-        """Give the results and how many pairs of row and component had their log-probability computed."""
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int, float]:
+        """Give the results, how many log-probabilities were computed, and the seconds until the sums."""
         log_likelihood, count, first, second = dpm_stats_results(
             x, means, precisions, log_weights, covariance_type
         )
@@ -264,7 +285,7 @@ else:
         if covariance_type == "spherical":
             precisions, wide = precisions[:, None].expand(means.shape), torch.empty_like(first)
         precisions = precisions.contiguous()
-        failed, evaluated = _native.dpm_stats(
+        failed, evaluated, seconds = _native.dpm_stats(
             *matrix(x),
             x.shape[1],
             _NATIVE_ELEMENTS[x.dtype],
@@ -282,7 +303,7 @@ else:
         require_definite(failed)
         if covariance_type == "spherical":
             torch.sum(wide, 1, out=second)
-        return (log_likelihood, count, first, second), evaluated
+        return (log_likelihood, count, first, second), evaluated, seconds
 
     def _dpm_stats_cpu(
         x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
@@ -320,15 +341,24 @@ def unit_rows(rows: Tensor) -> Tensor:
     return out
 
 
+def _groups(packed: list[Tensor]) -> tuple[int, int]:
+    """Count the groups and the directions of their outlines."""
+    if len(packed) == UNGROUPED:
+        return 0, 0
+    return len(packed[FORMS.index("radius")]), packed[FORMS.index("basis")].shape[1]
+
+
 def _pointers(packed: list[Tensor]) -> list[int]:
     return [x.data_ptr() for x in packed] + [0] * (len(FORMS) - len(packed))
 
 
 @_naming_isa
 def quantize_bank(packed: list[Tensor], metric: str) -> None:
-    """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS` from the rest."""
+    """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS`, also of outlines, from the rest."""
     (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
-    _native.quantize_bank(_pointers(packed), m, d, columns, METRICS.index(metric), _threads())
+    _native.quantize_bank(
+        _pointers(packed), m, d, columns, *_groups(packed), METRICS.index(metric), _threads()
+    )
 
 
 @_naming_isa

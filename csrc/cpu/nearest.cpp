@@ -1,0 +1,397 @@
+#include "nearest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "blocking.h"
+#include "candidates.h"
+#include "packed_bank.h"
+#include "threads.h"
+
+namespace dinofast {
+namespace {
+
+constexpr int64_t PANEL = Int8Tile::COLUMNS;     // columns prepared at once: whole panels of every tile
+constexpr int64_t GROUP = 512;                   // columns scanned at once: their scores fit the L1
+constexpr int64_t PART = 1 << 18;                // floats of rows decided before `then` takes them
+constexpr int64_t SAMPLE = 16;                   // columns whose mean is the center
+constexpr float HUGE_NORM = 1e15f;               // scores of longer rows might overflow
+constexpr int64_t LEAST_D = 32;                  // channels below which int8 gains nothing
+
+int64_t group_columns(int64_t d) {
+    return std::clamp(PRIVATE / d / PANEL * PANEL, PANEL, GROUP);
+}
+
+}  // namespace
+
+Nearest::Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows& rows, const Rows& columns,
+               int threads)
+    : tile_(tile),
+      int8_(int8),
+      what_(what),
+      rows_(rows),
+      columns_(columns),
+      d_(rows.d),
+      padded_(padded_depth(rows.d)),
+      height_(tile.rows),
+      quads_(quads(rows.d)),
+      code_size_(round_up(rows.d, Int8Tile::RUN)),
+      block_(std::min(round_up(columns.count, PANEL), std::max(SHARED / rows.d / PANEL, int64_t{1}) * PANEL)),
+      group_(std::min(block_, group_columns(rows.d))),
+      slots_(group_ < block_ ? TILES : 1),
+      gamma_(product_error(rows.d)),
+#ifdef _OPENMP
+      threads_(rows.count * columns.count * rows.d <= SMALL ? 1 : threads),
+#else
+      threads_(1),
+#endif
+      int8_pays_(int8.products != nullptr && tile.rows == Int8Tile::ROWS && d_ >= LEAST_D &&
+                 d_ <= Int8Tile::MAX_D),
+      zero_(allocate<float>(padded_)),
+      center_(allocate<float>(padded_)),
+      panels_(allocate<float>(block_ * d_)),
+      plain_bias_(allocate<float>(block_)),
+      column_scale_(allocate<float>(block_)),
+      bias_(allocate<float>(block_)),
+      column_rest_(allocate<float>(block_)),
+      column_norm_(allocate<float>(block_)),
+      own_(allocate<float>(block_)),
+      panel_rest_(allocate<float>(block_ / PANEL)),
+      panel_norm_(allocate<float>(block_ / PANEL)),
+      panel_own_(allocate<float>(block_ / PANEL)),
+      column_codes_(allocate<uint8_t>(block_ * quads_ * 4)) {
+    if (what == Value::cosine) units_ = allocate<float>(block_ * padded_);
+    std::fill(zero_.get(), zero_.get() + padded_, 0.0f);
+}
+
+Nearest::Scratch Nearest::scratch() const {
+    const int64_t rows = slots_ * height_;
+    return {allocate<float>(rows * padded_),
+            allocate<float>(rows * padded_),
+            allocate<float>(std::max<int64_t>(PANEL * padded_, 2 * d_)),
+            allocate<float>(height_ * group_),
+            allocate<float>(rows),
+            allocate<float>(rows),
+            allocate<float>(rows),
+            allocate<float>(rows),
+            allocate<int8_t>(rows * code_size_),
+            allocate<int8_t>(code_size_),
+            allocate<const float*>(rows),
+            allocate<int32_t>(rows),
+            allocate<int32_t>(group_),
+            allocate<bool>(rows)};
+}
+
+// Any center is right; near the mean, what is quantized is short.
+void Nearest::find_center() {
+    const int64_t count = std::min(columns_.count, SAMPLE);
+    const Array<float> row = allocate<float>(2 * d_);
+    std::vector<double> sum(static_cast<size_t>(d_));
+    int64_t whole = 0;
+    for (int64_t s = 0; s < count; ++s) {
+        const float* x = columns_.get(columns_.count * s / count, row.get() + d_);
+        if (what_ == Value::cosine) {
+            if (!tile_.normalize(x, d_, row.get(), DEPTH)) continue;
+            x = row.get();
+        }
+        for (int64_t k = 0; k < d_; ++k) sum[static_cast<size_t>(k)] += x[k];
+        ++whole;
+    }
+    std::fill(center_.get(), center_.get() + padded_, 0.0f);
+    for (int64_t k = 0; k < d_ && whole > 0; ++k) {
+        center_[k] = static_cast<float>(sum[static_cast<size_t>(k)] / static_cast<double>(whole));
+    }
+    center_square_ = static_cast<float>(tile_.lines.sq_distance(center_.get(), zero_.get(), d_));
+}
+
+void Nearest::run(float* value, int64_t* index, const std::function<void(int64_t, int64_t)>& then) {
+    const int64_t n = rows_.count, k = columns_.count;
+    const bool in_parts = then && k <= block_;
+    const int64_t part = in_parts ? round_up(std::max(PART / d_, int64_t{1}), height_) : n;
+    std::atomic<int64_t> next_panel{0}, next_tile{0};
+    std::fill(value, value + n, what_ == Value::cosine ? -INFINITY : INFINITY);
+    std::fill(index, index + n, 0);
+    find_center();
+    std::vector<Scratch> scratches;
+    for (int i = 0; i < threads_; ++i) scratches.push_back(scratch());
+
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+    {
+        Scratch& mine = scratches[static_cast<size_t>(thread_number())];
+        for (int64_t first = 0; first < n && !broken_; first += part) {
+            const int64_t last = std::min(first + part, n);
+            const int64_t offset = first / height_, tiles = (last - first + height_ - 1) / height_;
+            for (int64_t start = 0; start < k; start += block_) {
+                if (first == 0 || k > block_) {
+#pragma omp single
+                    {
+                        start_ = start;
+                        count_ = std::min(block_, k - start);
+                        floats_ = !int8_pays_;
+                    }
+                    for (int64_t c; (c = next_panel.fetch_add(PANEL)) < count_;) prepare_panel(c, mine);
+#pragma omp barrier
+                    if (broken_) break;  // no thread prepares again before all have read this
+                }
+                for (int64_t begin, end; take(next_tile, tiles, threads_, begin, end);) {
+                    decide(offset + begin, offset + end, mine, value, index);
+                }
+                if (start + block_ >= k && last == n && !then) break;
+#pragma omp barrier
+#pragma omp single
+                {
+                    next_panel = 0;
+                    next_tile = 0;
+                }
+            }
+            if (then && !broken_) then(first, last);
+        }
+    }
+    if (broken_) {
+        std::fill(value, value + n, NAN);
+        std::fill(index, index + n, -1);
+    }
+}
+
+// Columns c to c + PANEL of the block.
+void Nearest::prepare_panel(int64_t c, Scratch& mine) {
+    std::memset(column_codes_.get() + c * quads_ * 4, 128, static_cast<size_t>(PANEL * quads_ * 4));
+    for (int64_t j = c; j < c + PANEL; ++j) {
+        column_scale_[j] = column_rest_[j] = column_norm_[j] = own_[j] = 0;
+        bias_[j] = plain_bias_[j] = -INFINITY;
+        if (j < count_) {
+            if (!prepare_column(j, mine)) broken_ = true;
+        } else if (what_ == Value::cosine) {
+            std::fill(units_.get() + j * padded_, units_.get() + (j + 1) * padded_, 0.0f);
+        }
+    }
+    const auto most = [c](const Array<float>& of) {
+        return *std::max_element(of.get() + c, of.get() + c + PANEL);
+    };
+    panel_rest_[c / PANEL] = most(column_rest_);
+    panel_norm_[c / PANEL] = most(column_norm_);
+    panel_own_[c / PANEL] = most(own_);
+    if (floats_) pack_floats(c, mine.buffer.get());
+}
+
+// False when the column holds NaN or inf.
+bool Nearest::prepare_column(int64_t c, Scratch& mine) {
+    const Lines& lines = tile_.lines;
+    const float* y = columns_.get(start_ + c, mine.buffer.get());
+    if (what_ == Value::cosine) {
+        float* const unit = units_.get() + c * padded_;
+        if (!tile_.normalize(y, d_, unit, DEPTH)) return false;
+        std::fill(unit + d_, unit + padded_, 0.0f);
+        y = unit;
+        plain_bias_[c] = 0;
+        bias_[c] = lines.dot(center_.get(), y, d_);
+        own_[c] = 4 * gamma_;  // of bias, decision and sum
+    } else if (!std::isfinite(lines.sq_distance(y, zero_.get(), d_))) {
+        return false;
+    }
+    const double square = lines.sq_distance(y, center_.get(), d_);
+    column_norm_[c] = static_cast<float>((1 + gamma_) * std::sqrt(square));
+    if (what_ == Value::sq_distance) {
+        plain_bias_[c] = bias_[c] = static_cast<float>(-square / 2);
+        own_[c] = gamma_ * static_cast<float>(square) + TINY;
+    }
+    if (!(column_norm_[c] < HUGE_NORM)) {
+        own_[c] = INFINITY;
+        bias_[c] = plain_bias_[c] = 0;
+    }
+    if (!int8_pays_) return true;
+    int8_t* const codes = mine.code_buffer.get();
+    const Quantized found = int8_.quantize(y, center_.get(), d_, codes, Int8Tile::RUN);
+    column_scale_[c] = found.scale;
+    column_rest_[c] = found.rest + gamma_ * (found.rest + column_norm_[c]);
+    uint8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;
+    for (int64_t quad = 0; quad < quads_; ++quad) {
+        uint32_t four;
+        std::memcpy(&four, codes + 4 * quad, 4);
+        four ^= 0x80808080u;  // counted from -128
+        std::memcpy(out + quad * PANEL * 4, &four, 4);
+    }
+    return true;
+}
+
+// Columns c to c + PANEL of the block for the float32 tile; of squared distances less the center.
+void Nearest::pack_floats(int64_t c, float* buffer) {
+    for (int64_t j = c; j < c + PANEL; j += tile_.columns) {
+        const float* from = units_.get() + j * padded_;
+        if (what_ == Value::sq_distance) {
+            std::fill(buffer, buffer + tile_.columns * padded_, 0.0f);
+            for (int64_t i = j; i < std::min(j + tile_.columns, count_); ++i) {
+                subtract(column(i), center_.get(), d_, buffer + (i - j) * padded_);
+            }
+            from = buffer;
+        }
+        interleave(tile_, from, d_, panels_.get() + j * d_);
+    }
+}
+
+const float* Nearest::column(int64_t c) const {
+    return what_ == Value::cosine ? units_.get() + c * padded_ : columns_.get(start_ + c, nullptr);
+}
+
+// The tiles from begin to end against the block.
+void Nearest::decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index) {
+    const bool int8 = int8_pays_;
+    if (!int8 && !floats_) {
+#pragma omp critical(dinofast_nearest)
+        if (!floats_) {
+            for (int64_t c = 0; c < count_; c += PANEL) pack_floats(c, mine.buffer.get());
+            floats_ = true;
+        }
+    }
+    int64_t found = 0;
+    for (int64_t first = begin; first < end; first += slots_) {
+        const int64_t tiles = std::min(slots_, end - first);
+        for (int64_t slot = 0; slot < tiles; ++slot) {
+            prepare_tile(first + slot, slot, int8, mine, value, index);
+        }
+        for (int64_t c = 0; c < count_; c += group_) {
+            for (int64_t slot = 0; slot < tiles; ++slot) {
+                found += decide_tile(first + slot, slot, c, std::min(group_, count_ - c), int8, mine, value,
+                                     index);
+            }
+        }
+    }
+    const int64_t rows = (end - begin) * height_;
+    if (int8 && (found - rows) * 3 > rows * round_up(count_, PANEL)) int8_pays_ = false;
+}
+
+void Nearest::prepare_tile(int64_t t, int64_t slot, bool int8, Scratch& mine, float* value, int64_t* index) {
+    for (int64_t r = 0; r < height_; ++r) {
+        const int64_t at = slot * height_ + r, i = t * height_ + r;
+        mine.open[at] = false;
+        mine.scale[at] = 0;
+        mine.sum[at] = 0;
+        mine.offset[at] = 0;
+        if (i + height_ < rows_.count) rows_.prefetch(i + height_);
+        if (i < rows_.count) prepare_row(i, slot, r, int8, mine, value, index);
+    }
+}
+
+void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, bool int8, Scratch& mine, float* value,
+                         int64_t* index) {
+    const int64_t at = slot * height_ + r;
+    float* const own = mine.rows.get() + at * padded_;
+    const float* x = rows_.get(i, what_ == Value::cosine ? mine.buffer.get() : own);
+    bool whole = true;
+    if (what_ == Value::cosine) {
+        whole = tile_.normalize(x, d_, own, DEPTH);
+        std::fill(own + d_, own + padded_, 0.0f);
+        x = own;
+        if (whole && std::all_of(x, x + d_, [](float part) { return part == 0; })) {
+            value[i] = 0;
+            return;
+        }
+    }
+    if (whole && int8) {
+        int8_t* const codes = mine.codes.get() + slot * height_ * code_size_ + r * Int8Tile::RUN;
+        const Quantized found = int8_.quantize(x, center_.get(), d_, codes, height_ * Int8Tile::RUN);
+        mine.scale[at] = found.scale;
+        mine.sum[at] = found.sum;
+        mine.norm[at] = found.norm;
+        mine.rest[at] = found.rest;
+        mine.offset[at] = (1 - center_square_ - found.norm * found.norm) / 2;
+    } else if (whole) {
+        mine.norm[at] = 2;  // of a product of unit rows, and more
+        if (what_ == Value::sq_distance) {
+            const double square = tile_.lines.sq_distance(x, center_.get(), d_);
+            mine.norm[at] = static_cast<float>((1 + gamma_) * std::sqrt(square));
+        }
+        mine.rest[at] = 0;
+    }
+    if (what_ == Value::sq_distance && !(mine.norm[at] < HUGE_NORM)) {
+        whole = std::isfinite(tile_.lines.sq_distance(x, zero_.get(), d_));
+        mine.norm[at] = INFINITY;
+    }
+    if (!whole) {
+        value[i] = NAN;
+        index[i] = -1;
+        return;
+    }
+    mine.open[at] = true;
+    mine.x[at] = x;
+    if (int8) return;
+    float* out = mine.tiles.get() + slot * height_ * padded_ + r * DEPTH;
+    for (int64_t run = 0; run < d_; run += DEPTH, out += height_ * DEPTH) {
+        const int64_t depth = std::min<int64_t>(DEPTH, d_ - run);
+        if (what_ == Value::cosine) {
+            std::copy(x + run, x + run + depth, out);
+        } else {
+            subtract(x + run, center_.get() + run, depth, out);
+        }
+    }
+}
+
+// Tile t, in its slot, against columns c to c + count of the block. How many pairs were decided.
+int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, bool int8, Scratch& mine,
+                            float* value, int64_t* index) const {
+    const int64_t first = slot * height_;
+    if (int8) {
+        int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
+                       mine.scale.get() + first, mine.sum.get() + first,
+                       column_codes_.get() + c * quads_ * 4, count, quads_,
+                       column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_);
+    } else {
+        tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
+                       plain_bias_.get() + c, mine.scores.get(), group_);
+    }
+    float most_rest = 0, most_norm = 0, most_own = 0;
+    for (int64_t p = c / PANEL; p * PANEL < c + count; ++p) {
+        most_rest = std::max(most_rest, panel_rest_[p]);
+        most_norm = std::max(most_norm, panel_norm_[p]);
+        most_own = std::max(most_own, panel_own_[p]);
+    }
+    int64_t decided = 0;
+    for (int64_t r = 0; r < height_; ++r) {
+        const int64_t at = first + r, i = t * height_ + r;
+        if (!mine.open[at]) continue;
+        const float norm = mine.norm[at];
+        const float by_rest = int8 ? norm + mine.rest[at] : 0, by_norm = int8 ? mine.rest[at] : gamma_ * norm;
+        const float base = what_ == Value::cosine ? TINY : gamma_ * norm * norm + TINY;
+        const float* const score = mine.scores.get() + r * group_;
+        int32_t* const list = mine.columns.get();
+        float limit = limit_for(value[i], norm, mine.offset[at]);
+        const int64_t found = tile_.lines.select(
+            score, count, limit, base + by_rest * most_rest + by_norm * most_norm + most_own, list);
+        if (found == 0) continue;
+        const auto decide = [&](int64_t j) {
+            const float* const y = column(c + j);
+            const int64_t number = start_ + c + j;
+            const float own = what_ == Value::cosine
+                                  ? std::clamp(tile_.lines.dot(mine.x[at], y, d_), -1.0f, 1.0f)
+                                  : static_cast<float>(tile_.lines.sq_distance(mine.x[at], y, d_));
+            const bool better = what_ == Value::cosine ? own > value[i] : own < value[i];
+            if (better || (own == value[i] && number < index[i])) {
+                value[i] = own;
+                index[i] = number;
+            }
+            ++decided;
+        };
+        int32_t top = list[0];
+        for (int64_t f = 1; f < found; ++f) top = score[list[f]] > score[top] ? list[f] : top;
+        decide(top);
+        if (found == 1) continue;
+        limit = std::max(limit, limit_for(value[i], norm, mine.offset[at]));
+        for (int64_t f = 0; f < found; ++f) {
+            const int64_t j = list[f];
+            const float error =
+                base + by_rest * column_rest_[c + j] + by_norm * column_norm_[c + j] + own_[c + j];
+            if (j == top || score[j] + error < limit) continue;
+            decide(j);
+        }
+    }
+    return decided;
+}
+
+// A column whose score is below this by more than its error has no better value.
+float Nearest::limit_for(float value, float norm, float offset) const {
+    if (what_ == Value::cosine) return value - offset - 8 * gamma_;
+    return (norm * norm - value) / 2 - gamma_ * (4 * norm * norm + value);
+}
+
+}  // namespace dinofast

@@ -1,0 +1,98 @@
+// Queries quantized for the int8 sieve, Int8Tile::ROWS a tile.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "memory.h"
+#include "packed_bank.h"
+
+namespace dinofast {
+
+// One tile for the sieve, of any queries.
+struct QueryTile {
+    int32_t* codes;  // QueryCodes::codes_of_tile()
+    float scale[Int8Tile::ROWS];
+    int32_t sum[Int8Tile::ROWS];
+};
+
+class QueryCodes {
+  public:
+    QueryCodes(const Int8Tile& int8, int64_t tiles, int64_t channels)
+        : int8_(int8),
+          channels_(channels),
+          quads_(quads(channels)),
+          size_(round_up(quads_, QUADS) * ROWS),
+          tiles_(allocate<int32_t>(tiles * size_)),
+          sum_(allocate<int32_t>(tiles * ROWS)),
+          scale_(allocate<float>(tiles * ROWS)),
+          error_(allocate<float>(tiles * ROWS)) {}
+
+    // What query i's part of every score may err.
+    float error(int64_t i) const { return error_[i]; }
+
+    void clear(int64_t tile) {
+        std::fill_n(tiles_.get() + tile * size_, size_, 0);
+        std::fill_n(sum_.get() + tile * ROWS, ROWS, 0);
+        std::fill_n(scale_.get() + tile * ROWS, ROWS, 0.0f);
+        std::fill_n(error_.get() + tile * ROWS, ROWS, 0.0f);
+    }
+
+    // Put x (channels,) into the place of query i; see quantization_error. The buffer holds quads * 4 bytes.
+    void fill(int64_t i, const float* x, float weight, float gamma, int8_t* buffer) {
+        std::fill_n(buffer, quads_ * 4, int8_t{0});
+        const Quantized found = quantize(x, channels_, buffer);
+        int32_t* const out = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
+        for (int64_t quad = 0; quad < quads_; quad += QUADS) {
+            std::memcpy(out + quad * ROWS, buffer + quad * 4, bytes(quad));
+        }
+        scale_[i] = found.scale;
+        sum_[i] = found.sum;
+        error_[i] = quantization_error(found.norm, found.rest, weight, gamma);
+    }
+
+    int64_t codes_of_tile() const { return size_; }
+
+    // Collect n <= ROWS queries; what is left of the tile is zero.
+    void gather(const int64_t* queries, int64_t n, QueryTile& tile) const {
+        std::fill_n(tile.codes, size_, 0);
+        std::fill_n(tile.scale, ROWS, 0.0f);
+        std::fill_n(tile.sum, ROWS, 0);
+        for (int64_t r = 0; r < n; ++r) {
+            const int64_t i = queries[r];
+            const int32_t* const from = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
+            for (int64_t quad = 0; quad < quads_; quad += QUADS) {
+                std::memcpy(tile.codes + quad * ROWS + r * QUADS, from + quad * ROWS, bytes(quad));
+            }
+            tile.scale[r] = scale_[i];
+            tile.sum[r] = sum_[i];
+        }
+    }
+
+    // Int8Tile::sieve over columns `first` to first + columns of a bank's codes, scales and biases: of the
+    // queries of one tile in order, or of those collected.
+    int64_t sieve(int64_t tile, const uint8_t* codes, const float* scale, const float* bias, int64_t first,
+                  int64_t columns, const float* threshold, Hit* hits) const {
+        return int8_.sieve(tiles_.get() + tile * size_, scale_.get() + tile * ROWS,
+                           sum_.get() + tile * ROWS, codes + first * quads_ * 4, columns, quads_,
+                           scale + first, bias + first, threshold, hits);
+    }
+    int64_t sieve(const QueryTile& tile, const uint8_t* codes, const float* scale, const float* bias,
+                  int64_t first, int64_t columns, const float* threshold, Hit* hits) const {
+        return int8_.sieve(tile.codes, tile.scale, tile.sum, codes + first * quads_ * 4, columns, quads_,
+                           scale + first, bias + first, threshold, hits);
+    }
+
+  private:
+    static constexpr int ROWS = Int8Tile::ROWS, QUADS = Int8Tile::RUN / 4;
+
+    // Bytes of the run that begins at a quad.
+    size_t bytes(int64_t quad) const { return static_cast<size_t>(4 * std::min<int64_t>(QUADS, quads_ - quad)); }
+
+    const Int8Tile& int8_;
+    int64_t channels_, quads_, size_;
+    Array<int32_t> tiles_, sum_;
+    Array<float> scale_, error_;
+};
+
+}  // namespace dinofast

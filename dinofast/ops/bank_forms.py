@@ -1,0 +1,97 @@
+"""The prepared forms of a Bank's rows: groups, outlines and codes, as `knn_topk_bank.FORMS` lists them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinofast.ops import providers
+from dinofast.ops.knn_topk import knn_rows
+
+ROUNDS = 8  # of k-means
+DIRECTIONS = 92  # of an outline: with its four other channels, 96
+SAMPLE = 2048  # rows that these are found from
+
+
+def group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,).
+
+    A first draw misses many clusters where there are about as many as centroids; so centroids are added in
+    rounds, drawn by the squared distance to the nearest there is, as in k-means||.
+
+    References:
+        Bahmani et al., "Scalable k-means++", VLDB 2012, arXiv 1203.6402.
+    """
+    m = rows.shape[0]
+    count = max(1, min(2 * int(m**0.5), m // 64, 4096))
+    generator = torch.Generator().manual_seed(seed)
+    sample = rows[torch.randperm(m, generator=generator)[: 32 * count]]
+    centroids = sample[: count // 2 or 1].clone()
+    for _ in range(ROUNDS):
+        distance, group = (x[:, 0] for x in knn_rows(sample, centroids, 1, "sqeuclidean"))
+        centroids = _means(sample, group, centroids)
+        missing = min(count - len(centroids), -(-count // 8), int((distance > 0).sum()))
+        if missing > 0 and bool(distance.isfinite().all()):
+            added = torch.multinomial(distance.double(), missing, generator=generator)
+            centroids = torch.cat([centroids, sample[added]])
+    if not bool(centroids.isfinite().all()):  # norms beyond float32's sums
+        centroids = sample[:1].clone()
+    distance, group = (x[:, 0] for x in knn_rows(rows, centroids, 1, "euclidean"))
+    radius = torch.zeros(len(centroids)).scatter_reduce_(0, group, distance, "amax")
+    return centroids, radius * (1 + 1e-6), group
+
+
+def _means(rows: Tensor, group: Tensor, centroids: Tensor) -> Tensor:
+    """Average the rows of each group; a group without rows keeps its centroid."""
+    size = torch.bincount(group, minlength=len(centroids))[:, None]
+    total = torch.zeros_like(centroids).index_add_(0, group, rows)
+    return torch.where(size > 0, total / size.clamp_min(1), centroids)
+
+
+def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
+    """Find the directions (D, H) in which rows vary most, and a bound on their skew."""
+    m, d = rows.shape
+    depth = min(DIRECTIONS, d // 8 * 4)
+    sample = rows[:: max(1, m // SAMPLE)][:SAMPLE].double() - center
+    narrow = d <= len(sample)
+    _, vectors = torch.linalg.eigh(sample.T @ sample if narrow else sample @ sample.T)
+    most = vectors.flip(1)[:, :depth]
+    directions = torch.zeros(d, depth, dtype=torch.float64)
+    directions[:, : most.shape[1]] = most if narrow else sample.T @ most
+    basis = torch.linalg.qr(directions)[0].float()
+    skew = basis.double().T @ basis.double() - torch.eye(depth)
+    return basis.contiguous(), float(skew.norm()) * (1 + 1e-6)
+
+
+def pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
+    """Quantize rows, group after group, each padded to whole panels."""
+    width, (m, d) = providers.int8_columns(), rows.shape
+    group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
+    size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
+    padded = (size + width - 1) // width * width
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
+    order = group.argsort(stable=True)
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
+    columns = int(starts[-1])
+    row = torch.full((columns,), -1, dtype=torch.int64)
+    row[starts[group[order]] + torch.arange(m) - first[group[order]]] = order
+    center = rows[:: max(1, m // 1024)].double().mean(dim=0).float()
+    packed = [
+        rows,
+        torch.where(center.isfinite(), center, 0),
+        torch.zeros(1),
+        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
+        *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
+        row,
+    ]
+    if groups:
+        basis, skew = _basis(rows, packed[1])
+        channels = basis.shape[1] + 4
+        packed += [
+            *(starts, *groups[:2], basis),
+            torch.tensor([0, skew]),
+            torch.zeros(columns * 4 * ((channels + 3) // 4), dtype=torch.uint8),
+            *(torch.zeros(columns) for _ in ("outline_scale", "outline_bias")),
+        ]
+    providers.quantize_bank(packed, metric)
+    return packed

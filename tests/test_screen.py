@@ -1,0 +1,156 @@
+"""The exact screens: rows on which int8 ranks wrongly, and equal bits from int8 and float32 screens."""
+
+import os
+from contextlib import contextmanager
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dinofast import ops
+
+native = pytest.importorskip("dinofast._native", reason="built without native kernels")
+needs_int8 = pytest.mark.skipif(native.int8_isa() == "baseline", reason="no int8 instructions here")
+
+
+@contextmanager
+def isa(name):
+    before = os.environ.get("DINOFAST_ISA")
+    os.environ["DINOFAST_ISA"] = name
+    try:
+        yield
+    finally:
+        del os.environ["DINOFAST_ISA"]
+        if before is not None:
+            os.environ["DINOFAST_ISA"] = before
+
+
+def assert_screens_agree(call, rows, columns):
+    """Hold the int8 screen to the float32 screen of the same instructions, bit for bit."""
+    with isa("avx512"):
+        wide = call(rows, columns)
+    with isa(native.int8_isa()):
+        narrow = call(rows, columns)
+    for left, right in zip(wide, narrow, strict=True):
+        assert torch.equal(left.nan_to_num(7), right.nan_to_num(7))
+    return narrow
+
+
+def int8_misranks(rows, columns):
+    """Tell for each row whether the codes alone, scaled as in the screen, would name another column."""
+
+    def codes(x):
+        scale = x.abs().amax(1, keepdim=True) / 127
+        return (x / scale).round() * scale
+
+    return (codes(rows) @ codes(columns).T).argmax(1) != (rows @ columns.T).argmax(1)
+
+
+def near_ties(d, k, seed):
+    """Draw columns that differ by less than half a step of their codes, and rows among them.
+
+    One large channel makes the step coarse, and the differences stand in the other channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(d, generator=generator, dtype=torch.float64)
+    base[0] = 40
+    columns = base + 0.02 * torch.randn(k, d, generator=generator, dtype=torch.float64)
+    rows = base + 0.02 * torch.randn(64, d, generator=generator, dtype=torch.float64)
+    rows[:, 0] = 30
+    return rows.float(), columns.float()
+
+
+@needs_int8
+@pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
+@pytest.mark.parametrize(("d", "k"), [(33, 5), (64, 150), (130, 700), (384, 150), (384, 1100)])
+def test_columns_that_int8_ranks_wrongly(call, d, k):
+    rows, columns = near_ties(d, k, d + k)
+    spread = columns * torch.linspace(0.5, 2, k)[:, None] if call is ops.cosine_max else columns
+    assert bool(int8_misranks(rows, torch.nn.functional.normalize(spread)).any())
+    found = assert_screens_agree(call, rows, spread)
+    wide, true = rows.double(), spread.double()
+    if call is ops.cosine_max:
+        cosine = torch.nn.functional.normalize(wide) @ torch.nn.functional.normalize(true).T
+        value, best, named = found[0], cosine.amax(1), cosine.gather(1, found[1][:, None])[:, 0]
+    else:
+        gaps = (wide[:, None] - true).square().sum(2)
+        value, best, named = found[1], gaps.amin(1), gaps.gather(1, found[0][:, None])[:, 0]
+    torch.testing.assert_close(value.double(), best, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(named, best, rtol=1e-6, atol=1e-6)
+
+
+@needs_int8
+@pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
+def test_a_column_worse_by_one_code_step_never_wins(call):
+    """Column 1 is the row itself; every other is off in one channel by less than its code tells."""
+    row = torch.linspace(-0.01, 0.01, 384)[None]
+    row[0, 0] = 1
+    columns = row.repeat(150, 1)
+    columns[torch.arange(150), torch.arange(1, 151)] += 0.003
+    columns[1] = row
+    columns = torch.cat([columns, -columns])  # or the common part would leave with the center
+    found = assert_screens_agree(call, row.repeat(40, 1), columns)
+    index = found[1] if call is ops.cosine_max else found[0]
+    assert index.tolist() == [1] * 40
+
+
+@needs_int8
+@pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_screens_agree_on_anything(call, data):
+    d = data.draw(st.integers(32, 140))
+    n, k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 100))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+
+    def draw(count):
+        spread = 10 ** data.draw(st.sampled_from([-8.0, -3.0, -1.0, 0.0]))
+        scale = 10 ** data.draw(st.sampled_from([-30.0, -13.0, -11.0, 0.0, 11.0, 13.0, 16.0]))
+        x = torch.randn(1, d, generator=generator) + spread * torch.randn(count, d, generator=generator)
+        x[:, data.draw(st.integers(0, d - 1))] *= data.draw(st.sampled_from([0.0, 1.0, 1e4]))
+        return x * scale
+
+    rows, columns = draw(n), draw(k)
+    if data.draw(st.booleans()):
+        rows[n // 2] = columns[k // 2]
+    if data.draw(st.booleans()):
+        columns[k - 1] = columns[0]
+    if data.draw(st.booleans()):
+        rows[0, d - 1] = data.draw(st.sampled_from([torch.nan, torch.inf, 1e38]))
+    if data.draw(st.booleans()):
+        columns[k // 3] *= 1e3
+    if data.draw(st.booleans()):
+        rows[n - 1] = 0
+    assert_screens_agree(call, rows, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kmeans_step_has_the_same_bits_for_any_number_of_threads(restored_threads, dtype):
+    rows, centers = torch.randn(3000, 200).to(dtype), torch.randn(70, 200)
+    rows[17, 3] = torch.nan
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(ops.kmeans_step(rows, centers))
+    for other in found[1:]:
+        assert all(
+            torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(other, found[0], strict=True)
+        )
+
+
+@pytest.mark.parametrize("name", native.available_isas())
+def test_kmeans_step_on_every_instruction_set(name):
+    from dinofast.ops.registry import OPS
+    from dinofast.testing import assert_kernel, cast_inputs
+
+    op = OPS["kmeans_step"]
+    kernel = next(kernel for kernel in op.kernels if kernel.backend == "cpu")
+    with isa(name):
+        for sample in op.samples():
+            for dtype in (torch.float32, torch.float16):
+                assert_kernel(op, kernel, cast_inputs(op, sample.args, dtype))
+        rows, centers = torch.randn(60, 4096), torch.randn(1100, 4096)  # more than one block of centers
+        centers[900] = centers[37]
+        rows[:3] = centers[[900, 1099, 37]]
+        assert_kernel(op, kernel, (rows, centers))

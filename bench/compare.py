@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import OURS
+from bench import OURS
 
 TOLERANCE = 0.10
 """Change that passes for noise between two runs: memory placement, clocks, library threads."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import OURS
 from dinofast.ops import providers
 from dinofast.ops.registry import Op
 from dinofast.testing import as_tuple, assert_results, cast_inputs
@@ -32,9 +33,6 @@ PATIENCE_SECONDS = 8.0
 
 QUIET = 0.07
 """Largest share of our cores that others may take during a sample: twice what counting in steps can err."""
-
-OURS = "dinofast"
-"""What the name of every contender of our own begins with: the others are its peers."""
 
 SLOWDOWN = float(os.environ.get("DINOFAST_BENCH_SLOWDOWN", 1.0))
 """By how much contenders of our own are made slower: above 1 shows whether `bench.compare` notices."""

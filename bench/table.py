@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import OURS
+from bench import OURS
 from dinofast import published
 from dinofast.errors import InputError
 from dinofast.files import replacing

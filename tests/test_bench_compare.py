@@ -2,6 +2,9 @@
 
 import copy
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +132,39 @@ def test_a_second_run_must_name_the_same_contender(compare, capsys, tmp_path):
     assert compare.main([paths["saved"], paths["a"], paths["b"]]) == 0
     assert compare.main([paths["saved"], paths["a"], paths["both"]]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "got slower; knn a dinofast"
+
+
+SLOW = {("map b", "dinofast"): 1.5}
+
+
+@pytest.mark.skipif(not (ROOT / ".ci" / "bench").exists(), reason=".ci/bench is not beside the tests")
+@pytest.mark.parametrize(
+    ("saved", "new", "code", "said"),
+    [
+        ([run(0)], [run(1)], 0, "none got slower"),
+        ([run(0)], [run(1, SLOW), run(2)], 0, "once more"),
+        ([run(0)], [run(1, SLOW), run(2, SLOW)], 1, "got slower; map b dinofast"),
+        ([run(0, groups=("else",))], [run(1)], 0, "cannot be compared: they have no group"),
+        ([run(0, groups=("else",)), run(0)], [run(1, SLOW), run(2, SLOW)], 1, "got slower; map b dinofast"),
+        ([], [run(1)], 0, "nothing to compare with"),
+    ],
+)
+def test_ci_fails_when_two_runs_name_the_same_contender(tmp_path, saved, new, code, said):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "bench", tmp_path / ".ci" / "bench")
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    for number, content in enumerate(saved):
+        (results / f"short-{number}.json").write_text(json.dumps(content))
+    for name, content in zip(("first", "second"), new, strict=False):
+        (tmp_path / f"ready-{name}.json").write_text(json.dumps(content))
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *bench.compare*) PYTHONPATH={ROOT} exec {sys.executable} "$@" ;; esac\n'
+        'for last; do :; done; out=${last#--benchmark-json=}; cp "${out%/*}/ready-${out##*/}" "$out"\n'
+    )
+    python.chmod(0o755)
+    command = [str(tmp_path / ".ci" / "bench"), str(tmp_path), str(python)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, said in done.stdout) == (code, True), done.stdout + done.stderr

@@ -31,6 +31,10 @@ from dinofast.stream import Embedder
 SCRIPT = "k-NN script"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "memory_bank": ("memory_bank", {}),
+    "patchcore": ("patchcore", {}),
+    "dpmm": ("dpmm", {}),
+    "support_kmeans": ("support_kmeans", {"match_descriptor": "mean_patch"}),
+    "spatial_ar": ("spatial_ar", {}),
 }
 """Row of the table -> model and parameters, the same on every set."""
 BACKBONE, TIMING_BACKBONE = "efficientnet-lite0", "random:dinov2-small"

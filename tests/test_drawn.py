@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from drawing import BROKEN, DRAWN, DTYPES, HUGE, SCALES, generator, numbers, rows
+from drawing import BROKEN, DRAWN, DTYPES, HUGE, SCALES, generator, laid_out, numbers, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +33,12 @@ def cosine_max(draw):
     features = rows(draw, size(draw, 0, 40), d, dtype=dtype, scales=scales)
     broken = draw(st.sampled_from([(), BROKEN]))
     return features, rows(draw, size(draw, 1, 70), d, dtype=dtype, scales=scales, broken=broken)
+
+
+def kmeans_step(draw):
+    d, scales = channels(draw), SCALES[:-1]  # sums of squares that float32 holds
+    centers = numbers(draw, size(draw, 1, 70), d, scales=scales, broken=draw(st.sampled_from([(), BROKEN])))
+    return rows(draw, size(draw, 0, 60), d, scales=scales), laid_out(draw, centers)
 
 
 def cosine_map(draw):
@@ -95,7 +101,7 @@ def upsample_blur(draw):
 
 
 ARGUMENTS = (
-    cosine_max, cosine_map, knn_topk, knn_topk_bank, dpm_stats, farthest_point, upsample_blur,
+    cosine_max, cosine_map, kmeans_step, knn_topk, knn_topk_bank, dpm_stats, farthest_point, upsample_blur,
 )  # fmt: skip
 
 

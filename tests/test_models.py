@@ -99,11 +99,10 @@ def normal(b=4, seed=0, d=D, dtype=torch.float32):
 
 def with_foreign_patch(y=6, x=5, seed=77, side=1):
     """One image with patches of another kind, and the mask that says so."""
-    tensor = normal(1, seed=seed).tensor
-    foreign = tensor[0, y : y + side, x : x + side]
+    features = normal(1, seed=seed)
+    foreign = features.tensor[0, y : y + side, x : x + side]
     foreign *= -1
     foreign[..., 0] *= -1
-    features = batch(tensor)
     features.masks[0, y * 4 : (y + side) * 4, x * 5 : (x + side) * 5] = True
     return features
 

@@ -20,19 +20,13 @@ SIZES: dict[str, tuple[Callable[[], Tensor], int]] = {
     "random_2000_of_20000": (lambda: unit_rows(20_000, 0), 2000),
     "clustered_2000_of_20000": (lambda: clustered_rows(20_000, 64, 0), 2000),
 }
-"""Name -> what makes the rows, how many are selected."""
-
-MARKS = {
-    "clustered_500_of_10000": "short",
-    "random_2000_of_20000": "slow",
-    "clustered_2000_of_20000": "slow",
-}
+"""Name -> what makes the rows, how many are selected; those of 20 000 rows need --slow."""
 
 TOLERANCE = 1e-6
 """By how much a selected row may miss the farthest, in squared distance: float32 decides."""
 
 CASES = [
-    pytest.param(size, name, marks=[getattr(pytest.mark, MARKS[size])] if size in MARKS else [])
+    pytest.param(size, name, marks=[pytest.mark.slow] if size.endswith("20000") else [])
     for size in SIZES
     for name in CONTENDERS
 ]

@@ -177,7 +177,7 @@ SHORT = [
     ("dpm_stats", "batch_12288x500_diag"),
     ("upsample_blur", "image_32_to_448"),
 ]
-"""What CI compares with a saved run. Not the coreset: its peer is slowed by the memory bus, it by the cache."""
+"""What CI compares with a saved run. Not the coreset: its peer waits for the memory bus, it for the cache."""
 
 SLOW = {
     ("dpm_stats", "batch_12288x500_full"): 8,

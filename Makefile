@@ -5,13 +5,16 @@ PY := $(VENV)/bin/python
 BUILD_FILES := pyproject.toml setup.py .ci/setup .ci/constraints.txt $(shell find csrc kernels -type f -not -name '*.pyc')
 export PYTHON
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test test-hosts bench lint sanitize clean
 
 demo: $(VENV)/.demo  ## run the main job on real images; writes demo-output/report.html
 	$(VENV)/bin/dinofast demo
 
 test: $(VENV)/.dev  ## pass all tests
 	$(PY) -m pytest
+
+test-hosts: $(VENV)-hosts/.done  ## pass the tests against real anomalib models, in an environment of its own
+	$(VENV)-hosts/bin/python -m pytest tests/hosts tests/test_examples.py
 
 bench: $(VENV)/.bench  ## measure against torch, numpy and faiss; results in .benchmarks/
 	$(PY) -m pytest bench/
@@ -30,7 +33,11 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(BUILD_FILES)
 	.ci/setup $(VENV) $(patsubst dev,dev$(comma)triton,$(patsubst bench,bench$(comma)demo,$*))
 	touch $@
 
+$(VENV)-hosts/.done: $(VENV)/.dev .ci/setup-hosts .ci/hosts.txt
+	.ci/setup-hosts $(VENV) $(VENV)-hosts
+	touch $@
+
 comma := ,
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist *.egg-info demo-output .benchmarks dinofast/_native*.so dinofast/_cuda*.so dinofast/_build.json
+	rm -rf $(VENV) $(VENV)-hosts build dist *.egg-info demo-output .benchmarks dinofast/_native*.so dinofast/_cuda*.so dinofast/_build.json

@@ -11,7 +11,7 @@ import torch
 from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
 from bench.peers import contenders
-from bench.shapes import SHAPES, SLOW, missing
+from bench.shapes import SHAPES, SHORT, SLOW, missing
 from dinofast.ops import OPS
 from dinofast.ops.registry import choose
 
@@ -19,7 +19,11 @@ CASES = [
     pytest.param(
         *(op, shape, contender.name),
         id=f"{op}-{shape}-{contender.name}",
-        marks=[pytest.mark.slow] if (op, shape) in SLOW else [],
+        marks=[pytest.mark.slow]
+        if (op, shape) in SLOW
+        else [pytest.mark.short]
+        if (op, shape) in SHORT
+        else [],
     )
     for op, shapes in SHAPES.items()
     for shape in shapes
@@ -29,7 +33,7 @@ CASES = [
 
 @pytest.mark.parametrize(("op", "shape", "contender"), CASES)
 def bench_operator(measure: Measure, with_memory: bool, op: str, shape: str, contender: str) -> None:
-    if reason := missing(shape):
+    if reason := missing(op, shape):
         pytest.skip(reason)
     measure(f"{op} {shape}", contender, lambda: _prepare(op, shape, with_memory))
 

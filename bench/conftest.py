@@ -20,7 +20,17 @@ from bench.summary import lines
 from dinofast.ops import providers
 
 THREADS = int(os.environ.get("DINOFAST_BENCH_THREADS", 0)) or len(CPUS) or os.cpu_count() or 1
-PACKAGES = ("dinofast", "torch", "numpy", "faiss-cpu", "scipy", "opencv-python-headless", "scikit-learn")
+PACKAGES = (
+    "dinofast",
+    "torch",
+    "numpy",
+    "faiss-cpu",
+    "scipy",
+    "opencv-python-headless",
+    "scikit-learn",
+    "onnxruntime",
+    "openvino",
+)
 VERSIONS = {p.name: p.version for p in importlib.metadata.distributions() if p.name in PACKAGES}
 GROUPS = pytest.StashKey[dict[str, Group]]()
 CEILING = pytest.StashKey[Ceiling]()
@@ -61,6 +71,7 @@ def measure(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Meas
         stash = request.config.stash
         groups = stash[GROUPS]
         if name not in groups:
+            _fix_threads()  # compiled code keeps the number that it finds
             group = prepare()
             _fix_threads()
             if benchmark.enabled:

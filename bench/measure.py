@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import OURS
 from dinofast.ops import providers
 from dinofast.ops.registry import Op
 from dinofast.testing import as_tuple, assert_results, cast_inputs
@@ -33,8 +34,8 @@ PATIENCE_SECONDS = 8.0
 QUIET = 0.07
 """Largest share of our cores that others may take during a sample: twice what counting in steps can err."""
 
-OURS = "dinofast"
-"""What the name of every contender of our own begins with: the others are its peers."""
+SLOWDOWN = float(os.environ.get("DINOFAST_BENCH_SLOWDOWN", 1.0))
+"""By how much contenders of our own are made slower: above 1 shows whether `bench.compare` notices."""
 
 PEER_TOLERANCE = 1e-4
 """What a peer may err, relative to 1 + |truth|; kernels of our own are held to `dinofast.testing`."""
@@ -184,7 +185,7 @@ def interleave(
         repeats[name] = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
 
     def sample(name: str) -> Sample:
-        taken = take(calls[name], repeats[name])
+        taken = take(calls[name], repeats[name], SLOWDOWN if name.startswith(OURS) else 1.0)
         return replace(taken, stages=dict(stages[name]())) if name in stages else taken
 
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
@@ -203,14 +204,23 @@ def interleave(
     return {name: Timing(found) for name, found in samples.items()}
 
 
-def take(call: Call, repeats: int) -> Sample:
-    """Time some calls in a row, short ones after one untimed, when our own threads have come to rest."""
+def take(call: Call, repeats: int, slowdown: float = 1.0) -> Sample:
+    """Time some calls in a row, short ones after one untimed, when our own threads have come to rest.
+
+    Args:
+        call: what to time.
+        repeats: how often.
+        slowdown: the time is stretched by this, in a loop that does nothing.
+    """
     _settle()
     if repeats > 1:
         call()
     busy, own, start = _busy(), time.process_time(), time.perf_counter()
     for _ in range(repeats):
         call()
+    end = start + slowdown * (time.perf_counter() - start)
+    while slowdown > 1 and time.perf_counter() < end:
+        pass
     wall = time.perf_counter() - start
     others = _busy() - busy - (time.process_time() - own)
     return Sample(wall / repeats, float(np.maximum(0.0, others)) / (wall * max(1, len(CPUS))))

@@ -19,7 +19,7 @@ def peak_extra(op: str, shape: str, contender: str) -> int | None:
     """Measure in a fresh process; bytes, or None where the system does not tell (needs Linux)."""
     command = [sys.executable, "-m", "bench.memory", op, shape, contender]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=600
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=3600
     )
     found = int(done.stdout)
     return None if found < 0 else found

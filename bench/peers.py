@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +63,23 @@ def contenders(op: str, size: str = "") -> list[Contender]:
     ]
     stages = _native_steps if op == "dpm_stats" and size.endswith("_full") and "cpu" not in MISSING else None
     return [Contender(OURS, prepare, tell=tell, stages=stages), *found]
+
+
+def has_compiler() -> bool:
+    """Tell whether torch.compile can build CPU code here."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _compiled(op: str, only: str) -> list[Contender]:
+    """Let torch.compile fuse the reference; the first call, which the gate takes, compiles it.
+
+    Inductor of torch 2.13 fails on the references of `upsample_blur` and `cosine_map` on the CPU.
+    """
+
+    def prepare(*args: Any) -> Call:
+        return partial(torch.compile(OPS[op].reference, dynamic=False), *args)
+
+    return [Contender("torch.compile", prepare, only=only)] if has_compiler() else []
 
 
 def _pairs(call: Any) -> dict[str, Any]:
@@ -276,26 +295,37 @@ PEERS: dict[str, list[Contender]] = {
         Contender("numpy", _numpy_max, _first, "numpy"),
         Contender("faiss-ip", _faiss("IndexFlatIP"), _first, "faiss"),
         Contender("faiss-l2", _faiss("IndexFlatL2"), lambda raw: (1 - _first(raw)[0] / 2,), "faiss"),
+        *_compiled("cosine_max", "image_"),
     ],
     "cosine_map": [Contender("torch+opencv", _torch_opencv, _images, "cv2")],
     "knn_topk": [
         *(
-            Contender(f"{OURS}-{strategy}", _bank(strategy), only=_LARGE, tell=_bank_facts)
+            Contender(f"{OURS}-{strategy}", _bank(strategy), only=f"{_LARGE}|_full", tell=_bank_facts)
             for strategy in ("float32", "lowp", "pruned", "auto")
         ),
-        Contender("torch", _torch_topk, lambda raw: (1 - raw[0],), only="_k3"),
+        Contender("torch", _torch_topk, lambda raw: (1 - raw[0],), only="_k3|_shot"),
         Contender(
-            "faiss-ip", _faiss("IndexFlatIP"), lambda raw: (1 - torch.as_tensor(raw[0]),), "faiss", "_k3"
+            "faiss-ip",
+            _faiss("IndexFlatIP"),
+            lambda raw: (1 - torch.as_tensor(raw[0]),),
+            "faiss",
+            "_k3|_shot",
         ),
         Contender(
-            "faiss-l2", _faiss("IndexFlatL2"), lambda raw: (torch.as_tensor(raw[0]) / 2,), "faiss", _LARGE
+            "faiss-l2",
+            _faiss("IndexFlatL2"),
+            lambda raw: (torch.as_tensor(raw[0]) / 2,),
+            "faiss",
+            f"{_LARGE}|_shot|_full",
         ),
-        Contender("anomalib", _anomalib, lambda raw: (raw.values[:, None],), only=_LARGE),
+        Contender("anomalib", _anomalib, lambda raw: (raw.values[:, None],), only=f"{_LARGE}|_shot"),
+        *_compiled("knn_topk", "brats_shot"),
     ],
     "dpm_stats": [
         Contender("torch", _torch_products, tuple, only="_diag"),
         Contender("torch", _torch_full, tuple, only="_full", stages=lambda call: call.seconds),
         Contender("scikit-learn", _sklearn, _tensors, "sklearn", "500_diag"),
+        *_compiled("dpm_stats", "image_"),
     ],
     "kmeans_step": [
         Contender("scikit-learn", _sklearn_lloyd, _tensors, "sklearn"),

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpuinfo import get_cpu_info
 
 from bench.memory import resident
 from dinofast import Detector, backbone, metrics, models, trial
@@ -144,6 +145,7 @@ def main() -> None:
                 if asked.out:
                     about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
                     about |= {"machine": platform.machine(), "python": platform.python_version()}
+                    about["cpu"] = get_cpu_info().get("brand_raw", platform.machine())
                     with replacing(asked.out) as path:
                         path.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
     print(table(runs))

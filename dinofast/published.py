@@ -20,12 +20,14 @@ class Source:
         name: whom to cite.
         aupr: "aupr", the trapezoidal area, or "average_precision"; "aupr" where not stated.
         map_size: size at which maps are compared with masks: "native", "240", or None where not stated.
+        gpu: what runtimes and memory were measured on, None where not stated.
     """
 
     key: str
     name: str
     aupr: str
     map_size: str | None
+    gpu: str | None
 
     def __str__(self) -> str:
         """Say it in one line for people."""
@@ -48,6 +50,8 @@ class Row:
         aupr: area under the precision-recall curve, of the kind that `source.aupr` says.
         deviation: standard deviations of the two over runs; None for one run.
         dice: false-positive rate -> micro Dice, empty where not reported.
+        runtime_ms: milliseconds an image at batch 1, None where not reported.
+        memory_gb: GPU memory, None where not reported.
     """
 
     method: str
@@ -57,19 +61,28 @@ class Row:
     aupr: float
     deviation: tuple[float, float] | None
     dice: dict[float, float]
+    runtime_ms: float | None
+    memory_gb: float | None
 
 
 DPMM = Source(
-    "DPMM", "Schulthess & Konukoglu, MICCAI 2025, arXiv 2509.19997, tables 1 and 2", "aupr", "native"
+    "DPMM",
+    "Schulthess & Konukoglu, MICCAI 2025, arXiv 2509.19997, tables 1 and 2",
+    "aupr",
+    "native",
+    "NVIDIA A6000 48 GB",
 )
-SPATIAL_AR = Source("AR", "project page of arXiv 2603.02974, its own method", "average_precision", "240")
-BASELINES = Source("AR+", "project page of arXiv 2603.02974, its baselines", "aupr", None)
+SPATIAL_AR = Source(
+    "AR", "project page of arXiv 2603.02974, its own method", "average_precision", "240", None
+)
+BASELINES = Source("AR+", "project page of arXiv 2603.02974, its baselines", "aupr", None, None)
 SOURCES = (DPMM, SPATIAL_AR, BASELINES)
 
 SETS = ("brain", "liver", "resc")
 DICE_RATES = (0.1, 0.05, 0.01)
 
 _Figures = tuple[float, ...] | None
+_NONE = (None, None)
 _TABLE: dict[Source, dict[tuple[str, str | None], tuple[_Figures, _Figures, _Figures]]] = {
     # (method, model): on each of SETS AUROC, AUPR and perhaps their deviations; None where it did not run
     DPMM: {
@@ -112,6 +125,30 @@ _DICE = {  # at DICE_RATES, on each of SETS
     "AnomalyDINO, full bank": ((29.26, 38.16, 54.24), (7.19, 10.48, 18.69), (39.28, 45.82, 52.30)),
     "AnomalyDINO, 1 shot, mean of 25": ((31.89, 37.45, 32.98), (6.17, 8.20, 10.63), (36.48, 40.34, 33.88)),
 }
+_COSTS: dict[Source, dict[str, tuple[tuple[float | None, float | None], ...]]] = {
+    # milliseconds and GB on each of SETS
+    DPMM: {
+        "DPMM": ((39, 1.6), (35, 1.5), (58, 2.0)),
+        "AnomalyDINO, full bank": ((422, 33.1), (107, 6.9), (984, 38.1)),
+        "AnomalyDINO, 1 shot, mean of 25": ((24, 0.2), (26, 0.2), (49, 0.4)),
+        "PatchCore R18, 10 %": ((202, 3.4), (132, 0.7), (150, 2.0)),
+        "PatchCore WRN50, 10 %": (_NONE, (160, 1.9), (218, 5.0)),
+        "PatchCore WRN50, 1024 prototypes": ((149, 0.2), (130, 0.1), (132, 0.1)),
+        "PatchCore WRN50, 150 prototypes": ((158, 0.2), (139, 0.1), (136, 0.1)),
+    },
+    # The page has one runtime a method; those that DPMM's table also has are its runtimes on RESC.
+    SPATIAL_AR: {
+        "AR, standard convolutions": (_NONE, _NONE, (20, None)),
+        "AR, dilated convolutions": (_NONE, _NONE, (20, None)),
+    },
+    BASELINES: {
+        method: (_NONE, _NONE, (runtime, None))
+        for method, runtime in {
+            "AnomalyDINO v3-S": 585, "DPMM v2-S": 58, "DPMM v3-S": 149, "RD4AD": 117, "STFPM": 111,
+            "PatchCore": 218, "CFA": 116, "CFLOW": 219, "PaDiM": 129, "DRAEM": 130, "UTRAD": 42,
+        }.items()
+    },
+}  # fmt: skip
 
 
 def rows(name: str | None) -> list[Row]:
@@ -125,6 +162,7 @@ def rows(name: str | None) -> list[Row]:
                 continue
             auroc, aupr, *spread = figures
             dice = _DICE[method][at] if source is DPMM and method in _DICE else ()
+            runtime_ms, memory_gb = _COSTS[source][method][at]
             found.append(
                 Row(
                     method=method,
@@ -134,6 +172,8 @@ def rows(name: str | None) -> list[Row]:
                     aupr=aupr,
                     deviation=(spread[0], spread[1]) if spread else None,
                     dice=dict(zip(DICE_RATES, dice, strict=False)),
+                    runtime_ms=runtime_ms,
+                    memory_gb=memory_gb,
                 )
             )
     return found

@@ -105,3 +105,19 @@ def test_disturbed_samples_are_left_out_or_marked(bench):
 
 def test_unknown_load_counts_as_quiet(bench):
     assert bench.measure.Sample(1.0, math.nan).quiet
+
+
+def test_an_artificial_slowdown_stretches_ours_alone(bench, monkeypatch):
+    monkeypatch.setattr(bench.measure, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(bench.measure, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(bench.measure, "SLOWDOWN", 3.0)
+    now = [0.0]
+    monkeypatch.setattr(
+        bench.measure.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1e-5) or now[0]
+    )
+
+    def call():
+        now[0] += 0.01
+
+    timings = bench.measure.interleave({"dinofast": call, "peer": call}, {})
+    assert timings["dinofast"].median == pytest.approx(3 * timings["peer"].median, rel=0.02)

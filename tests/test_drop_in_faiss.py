@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dinofast import drop_in
 from dinofast.drop_in import faiss as ours
+from dinofast.drop_in import flat_search
 from dinofast.drop_in.flat_search import PREPARED
 from dinofast.errors import InputError
 
@@ -66,12 +67,17 @@ def test_search_is_that_of_faiss(faiss, metric, m, q, d, k, levels, seed):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_prepared_bank_searches_as_faiss(faiss, metric):
-    bank, queries = rows(PREPARED + 10, 24), rows(30, 24, 1)
+def test_bank_is_prepared_when_searched_enough_and_searches_as_faiss(faiss, monkeypatch, metric):
+    built = []
+    real = flat_search.Bank
+    monkeypatch.setattr(flat_search, "Bank", lambda *args: built.append(len(args[0])) or real(*args))
+    bank, queries = rows(PREPARED + 10, 24), rows(PREPARED // 4 + 10, 24, 1)
     theirs, mine = getattr(faiss, metric)(24), getattr(ours, metric)(24)
     theirs.add(bank)
     mine.add(bank)
-    same(mine.search(queries, 5), theirs.search(queries, 5), bank, queries, metric)
+    for times in (0, 1, 1):
+        same(mine.search(queries, 5), theirs.search(queries, 5), bank, queries, metric)
+        assert built == times * [PREPARED + 10]
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -327,6 +327,9 @@ def test_published_rows_are_those_of_the_specification() -> None:
         assert all(0 < row.aupr < row.auroc < 100 for row in rows.values())
     assert rows["DPMM", "DPMM"].dice == {0.1: 38.00, 0.05: 43.74, 0.01: 43.49}
     assert rows["AR", "AR, dilated convolutions"].deviation == (0.19, 1.07)
+    assert (rows["DPMM", "DPMM"].runtime_ms, rows["DPMM", "DPMM"].memory_gb) == (58, 2.0)
+    assert (rows["AR", "AR, dilated convolutions"].runtime_ms, rows["AR+", "UTRAD"].runtime_ms) == (20, 42)
+    assert rows["AR+", "UTRAD"].memory_gb is None
     assert published.rows(None) == published.rows("heart") == []
 
 

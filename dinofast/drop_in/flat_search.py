@@ -15,7 +15,7 @@ from dinofast.ops import Bank, knn_topk
 INNER_PRODUCT, L2 = 0, 1
 FAR = float(np.finfo(np.float32).max)
 PREPARED = 4096
-"""Rows from which a search prepares a `Bank`."""
+"""Rows from which a search prepares a `Bank`, once it was asked half as many queries: then that pays."""
 BLOCK = 1 << 22
 """Elements of the largest temporary matrix."""
 
@@ -32,8 +32,8 @@ class FlatSearch:
         searched, name = self._rows, "sqeuclidean"
         if metric == INNER_PRODUCT:
             searched, name = _with_lift(self._rows), "cosine"
-        self._name = name
-        self._bank: Tensor | Bank = Bank(searched, name) if len(searched) >= PREPARED else searched
+        self._name, self._asked = name, 0
+        self._bank: Tensor | Bank = searched
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Give (Q, k) distances or products, and row numbers; −1 where nothing is left."""
@@ -44,6 +44,10 @@ class FlatSearch:
         found = min(k, len(self._rows))
         if not found or not bool(good.any()):
             return distance, index
+        self._asked += len(queries)
+        rows_there = len(self._rows)
+        if isinstance(self._bank, Tensor) and rows_there >= PREPARED and 2 * self._asked > rows_there:
+            self._bank = Bank(self._bank, self._name)
         if self._metric == L2:
             near, rows = knn_topk(queries[good], self._bank, found, self._name)
         else:

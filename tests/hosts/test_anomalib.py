@@ -21,14 +21,17 @@ def patchcore():
     return PatchcoreModel(["layer1", "layer2"], "resnet18", pre_trained=False, num_neighbors=4).eval()
 
 
-@pytest.fixture
-def dino(monkeypatch):
+@pytest.fixture(scope="module")
+def dino():
+    """Make one model without weights; its options are attributes."""
     from anomalib.models.image.anomaly_dino import torch_model
 
     real = torch_model.TimmFeatureExtractor
     without_weights = lambda **options: real(**options | {"pre_trained": False})  # noqa: E731
-    monkeypatch.setattr(torch_model, "TimmFeatureExtractor", without_weights)
-    return torch_model.AnomalyDINOModel
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_model, "TimmFeatureExtractor", without_weights)
+        return torch_model.AnomalyDINOModel(encoder_name="vit_small_patch14_dinov2").eval()
 
 
 def fitted(model, store, ratio=None):
@@ -69,9 +72,11 @@ def test_patchcore_gives_the_same_coreset_scores_and_maps(patchcore, neighbors, 
 
 @pytest.mark.parametrize("options", [{}, {"num_neighbours": 3}, {"coreset_subsampling": True}])
 @pytest.mark.parametrize("size", [(70, 84), (75, 90)])
-def test_anomaly_dino_gives_the_same_scores_and_maps(dino, options, size):
-    torch.manual_seed(0)
-    model = dino(encoder_name="vit_small_patch14_dinov2", **options).eval()
+def test_anomaly_dino_gives_the_same_scores_and_maps(dino, monkeypatch, options, size):
+    model = dino
+    for name, value in options.items():
+        assert isinstance(getattr(model, name), type(value))
+        monkeypatch.setattr(model, name, value)
 
     def run():
         fitted(model, [images(2, seed, size) for seed in range(2)])

@@ -15,6 +15,7 @@ NEEDS = {  # packages without which a script is skipped, largest difference
     "anomalydino.py": (("faiss", "cv2", "scipy"), 1e-5),
     "faiss_search.py": (("faiss",), 1e-3),
     "patchcore.py": (("faiss",), 1e-3),
+    "sklearn_neighbors.py": (("sklearn",), 1e-3),
 }
 SCRIPTS = sorted({path.name for path in EXAMPLES.glob("*.py")} - {"side_by_side.py"})
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples/ is not beside the tests")

@@ -11,7 +11,8 @@ from dinofast.kernels.resample import Axis
 from dinofast.kernels.tile import BROKEN, DTYPES, Variant, interpretable, keep_best, load_rows
 from torch import Tensor
 
-ROWS, COLUMNS, DEPTH = 16, 32, 64
+ROWS, COLUMNS = 16, 32
+DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 MOST_PROTOTYPES = 1024
 """Beyond, the split search of cosine_max comes first: here one program compares all prototypes."""
@@ -102,16 +103,16 @@ def cosine_map(
         features, prototypes = interpretable(features, prototypes)
         similarity[(triton.cdiv(n, ROWS),)](
             features, prototypes, values, n, k, d, features.stride(0), prototypes.stride(0),
-            ROWS, COLUMNS, DEPTH, **OPTIONS,
+            ROWS, COLUMNS, DEPTH[features.dtype], **OPTIONS,
         )  # fmt: skip
     resample.launch(values, mask, rows, columns, pixels, similarity=True)
 
 
 def variants() -> list[Variant]:
     """List the ways in which the launcher calls its own kernel; those of the gather are in `resample`."""
-    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH}
     found = []
-    for name in DTYPES.values():
+    for dtype, name in DTYPES.items():
+        constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH[dtype]}
         signature = {"features": f"*{name}:16", "prototypes": f"*{name}:16", "values": "*fp32:16"}
         signature |= {"n": "i32", "k": "i32", "d": "i32:16"}
         signature |= {"feature_stride": "i32:16", "prototype_stride": "i32:16"}

@@ -12,7 +12,7 @@ from dinofast.kernels.tile import DTYPES, Variant
 from torch import Tensor
 
 TILE_ROWS, TILE_COLUMNS = 8, 64
-OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 MOST_PAIRS = 64
 """Most patches that a pixel gathers in one launch; beyond, rows and columns are resampled one after another."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinofast.ops.cosine_map import _fake as cosine_map_results
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.providers.shared import DTYPES, dense, refuse_cosine_max
@@ -131,6 +132,21 @@ def _cosine_map(features: Tensor, prototypes: Tensor, size: list[int], mask: Ten
     return pixels
 
 
+def _refuse_farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> str | None:
+    if rows.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {rows.dtype}"
+    return None if rows.shape[0] <= _MOST_ROWS else f"wants at most 2**30 rows, got {rows.shape[0]}"
+
+
+def _farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    from dinofast.kernels.farthest_point import farthest_point
+
+    nearest, farthest = farthest_point_results(rows, min_distance, index)
+    with _on(rows):
+        farthest_point(dense(rows), min_distance.contiguous(), index, nearest, farthest)
+    return nearest, farthest
+
+
 if importlib.util.find_spec("triton") is None:
     MISSING["triton"] = "triton is not installed; pip install 'dinofast[triton]'"
 elif importlib.util.find_spec("dinofast.kernels") is None:
@@ -143,3 +159,4 @@ else:
     provide("knn_topk", Kernel("triton", _DEVICES, _knn_topk, _refuse_knn_topk))
     provide("upsample_blur", Kernel("triton", _DEVICES, _upsample_blur, _refuse_upsample_blur))
     provide("cosine_map", Kernel("triton", _DEVICES, _cosine_map, _refuse_cosine_map))
+    provide("farthest_point", Kernel("triton", _DEVICES, _farthest_point, _refuse_farthest_point))

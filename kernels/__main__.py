@@ -55,9 +55,10 @@ def main() -> int:
         print(json.dumps(results, indent=1))
     else:
         for x in results:
-            print(
-                "{operator:36} sm_{arch:<4} {registers:4} registers {shared:7} B shared {spills:5} B spilled".format(**x)
+            line = (
+                "{operator:36} sm_{arch:<4} {registers:4} registers {shared:7} B shared {spills:5} B spilled"
             )
+            print(line.format(**x))
     return 0 if len(results) == len(found) else 1
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 MAX_K = 64
 COLUMNS = 64
 ROWS_AND_DEPTH = {torch.float32: (32, 16), torch.bfloat16: (64, 64), torch.float16: (64, 64)}
-"""The largest blocks of the scan that spill no register on sm_80, 90 and 100; no GPU has chosen between them."""
+"""The largest blocks of the scan that spill no register on sm_80, 90 and 100; no GPU has compared them."""
 NORM_ROWS, NORM_DEPTH = 16, 128
 DECIDE_DEPTH = 64
 DECIDE_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,10 +14,11 @@ from torch import Tensor
 TILE_ROWS, TILE_COLUMNS = 8, 64
 OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 MOST_PAIRS = 64
-"""Most patches that a pixel gathers in one launch; beyond, rows and columns are resampled one after another."""
+"""Most patches that a pixel gathers in one launch; beyond, columns are resampled first, then rows."""
 
 
-class Axis(NamedTuple):
+@dataclass(frozen=True)
+class Axis:
     """The weights of one axis: pixel i takes weight[i, e] of patch index[i, e]; index -1 is no patch.
 
     Attributes:
@@ -77,7 +78,13 @@ def upsample_blur(map: Tensor, rows: Axis, columns: Axis, pixels: Tensor) -> Non
 
 
 def launch(
-    patches: Tensor, mask: Tensor | None, rows: Axis, columns: Axis, pixels: Tensor, *, similarity: bool = False
+    patches: Tensor,
+    mask: Tensor | None,
+    rows: Axis,
+    columns: Axis,
+    pixels: Tensor,
+    *,
+    similarity: bool = False,
 ) -> None:
     """Fill pixels (B, H, W) float32 from contiguous patches (B, h, w) in one launch.
 
@@ -93,7 +100,8 @@ def launch(
     if b == 0:
         return
     gather[(triton.cdiv(width, TILE_COLUMNS) * triton.cdiv(height, TILE_ROWS) * b,)](
-        patches, patches if mask is None else mask, *rows, *columns, pixels,
+        patches, patches if mask is None else mask, rows.index, rows.weight, columns.index, columns.weight,
+        pixels,
         h, w, height, width, rows.index.shape[1], columns.index.shape[1],
         similarity, mask is not None, TILE_ROWS, TILE_COLUMNS, **OPTIONS,
     )  # fmt: skip
@@ -116,7 +124,9 @@ def variants() -> list[Variant]:
     for name in DTYPES.values():
         pointers = {"patches": f"*{name}:16", "mask": f"*{name}:16"}
         constants = {"SIMILARITY": 0, "MASKED": 0, **tile}
-        found.append(Variant(f"upsample_blur.gather {name}", gather, pointers | signature, constants, OPTIONS))
+        found.append(
+            Variant(f"upsample_blur.gather {name}", gather, pointers | signature, constants, OPTIONS)
+        )
     for masked, label in ((0, "all patches"), (1, "masked")):
         pointers = {"patches": "*fp32:16", "mask": "*u8:16" if masked else "*fp32:16"}
         constants = {"SIMILARITY": 1, "MASKED": masked, **tile}

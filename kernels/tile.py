@@ -40,7 +40,7 @@ OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def interpretable(*matrices: Tensor) -> tuple[Tensor, ...]:
-    """Give matrices as the interpreter can multiply them: of bfloat16 it takes the bit patterns for numbers."""
+    """Give matrices as the interpreter can multiply them: of bfloat16 it multiplies the bits."""
     return tuple(x.float() if x.is_cpu and x.dtype == torch.bfloat16 else x for x in matrices)
 
 

@@ -150,6 +150,17 @@ large = ("32x32 to 112x112", "NaN and inf to 63x90, sigma 1.0, bilinear")
 small = [s.name for s in OPS["upsample_blur"].samples() if s.name not in large]
 hold("upsample_blur", small, ["no blur", "strided", "bilinear reflect"])
 """,
+    "kmeans_step": """
+hold(
+    "kmeans_step",
+    [
+        "0x3x33", "33x64x33", "65x37x7", "ties", "zero row", "NaN and inf rows", "strided", "transposed",
+        "tiny and huge scales", "far from the origin", "duplicate rows", "rows that are centers", "all ties",
+        "center without rows", "NaN center",
+    ],
+    ["33x7x33", "NaN and inf rows", "duplicate rows"],
+)
+""",
     "farthest_point": """
 hold("farthest_point", [], [s.name for s in OPS["farthest_point"].samples()])
 rows = torch.randn(300, 6)

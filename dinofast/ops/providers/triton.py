@@ -14,6 +14,7 @@ from torch import Tensor
 from dinofast.ops.cosine_map import _fake as cosine_map_results
 from dinofast.ops.cosine_max import _fake as cosine_max_results
 from dinofast.ops.farthest_point import _fake as farthest_point_results
+from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.providers.shared import DTYPES, dense, refuse_cosine_max
@@ -132,7 +133,7 @@ def _cosine_map(features: Tensor, prototypes: Tensor, size: list[int], mask: Ten
     return pixels
 
 
-def _refuse_farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> str | None:
+def _refuse_rows(rows: Tensor, *_: Tensor) -> str | None:
     if rows.dtype not in DTYPES:
         return f"wants float32, bfloat16 or float16, got {rows.dtype}"
     return None if rows.shape[0] <= _MOST_ROWS else f"wants at most 2**30 rows, got {rows.shape[0]}"
@@ -147,6 +148,15 @@ def _farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[
     return nearest, farthest
 
 
+def _kmeans_step(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from dinofast.kernels.kmeans_step import kmeans_step
+
+    index, sq_distance, sums, counts = kmeans_step_results(rows, centers)
+    with _on(rows):
+        kmeans_step(dense(rows), dense(centers), index, sq_distance, sums, counts)
+    return index, sq_distance, sums, counts
+
+
 if importlib.util.find_spec("triton") is None:
     MISSING["triton"] = "triton is not installed; pip install 'dinofast[triton]'"
 elif importlib.util.find_spec("dinofast.kernels") is None:
@@ -159,4 +169,5 @@ else:
     provide("knn_topk", Kernel("triton", _DEVICES, _knn_topk, _refuse_knn_topk))
     provide("upsample_blur", Kernel("triton", _DEVICES, _upsample_blur, _refuse_upsample_blur))
     provide("cosine_map", Kernel("triton", _DEVICES, _cosine_map, _refuse_cosine_map))
-    provide("farthest_point", Kernel("triton", _DEVICES, _farthest_point, _refuse_farthest_point))
+    provide("farthest_point", Kernel("triton", _DEVICES, _farthest_point, _refuse_rows))
+    provide("kmeans_step", Kernel("triton", _DEVICES, _kmeans_step, _refuse_rows))

@@ -6,12 +6,23 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dinofast.kernels.tile import BROKEN, DTYPES, OPTIONS, Variant, keep_best, load_scaled, row_scales
+from dinofast.kernels.tile import (
+    BROKEN,
+    DTYPES,
+    OPTIONS,
+    SCALE_DEPTH,
+    SCALE_ROWS,
+    Variant,
+    interpretable,
+    keep_best,
+    load_scaled,
+    row_scales,
+    scale_factors,
+)
 from torch import Tensor
 
 ROWS, COLUMNS = 64, 64
 DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-SCALE_ROWS, SCALE_DEPTH = 16, 128
 MERGE_ROWS = 128
 SPLITS = 64
 """Most parts into which the prototypes are split."""
@@ -72,26 +83,15 @@ def cosine_max(features: Tensor, prototypes: Tensor, similarity: Tensor, index: 
     (n, d), k = features.shape, prototypes.shape[0]
     if n == 0:
         return
-    if features.device.type == "cpu" and features.dtype == torch.bfloat16:
-        # the interpreter multiplies bit patterns of bfloat16 and loses its subnormal numbers
-        features, prototypes = features.float(), prototypes.float()
+    features, prototypes = interpretable(features, prototypes)
     blocks = triton.cdiv(n, ROWS)
     parts = max(1, min(SPLITS, triton.cdiv(k, COLUMNS), PROGRAMS // blocks))
     share = triton.cdiv(triton.cdiv(k, COLUMNS), parts) * COLUMNS
     parts = triton.cdiv(k, share)
-    scales = []
-    for rows in (features, prototypes):
-        first, second = (
-            torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device) for _ in range(2)
-        )
-        row_scales[(triton.cdiv(rows.shape[0], SCALE_ROWS),)](
-            rows, rows.shape[0], d, rows.stride(0), first, second, SCALE_ROWS, SCALE_DEPTH, **OPTIONS
-        )
-        scales += [first, second]
     values = torch.empty((parts, n), dtype=torch.float32, device=features.device)
     indices = torch.empty((parts, n), dtype=torch.int32, device=features.device)
     best[(blocks, parts)](
-        features, prototypes, *scales, values, indices,
+        features, prototypes, *scale_factors(features), *scale_factors(prototypes), values, indices,
         n, k, d, features.stride(0), prototypes.stride(0), share,
         ROWS, COLUMNS, DEPTH[features.dtype], **OPTIONS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What kernels share: scaled loads, row norms, a running best that keeps NaN and the smallest index."""
+"""What kernels share: scaled loads, row norms, ordered codes, a running best that keeps NaN and the first."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BROKEN = tl.constexpr(float("inf"))  # stands for NaN in a running maximum: larger than any similarity
 
@@ -34,7 +35,24 @@ class Variant:
 
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SCALE_ROWS, SCALE_DEPTH = 16, 128
 OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+
+
+def interpretable(*matrices: Tensor) -> tuple[Tensor, ...]:
+    """Give matrices as the interpreter can multiply them: of bfloat16 it multiplies the bits."""
+    return tuple(x.float() if x.is_cpu and x.dtype == torch.bfloat16 else x for x in matrices)
+
+
+def scale_factors(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch `row_scales` on rows (N, D) and give both factors, (N,) float32 each."""
+    n, d = rows.shape
+    first, second = (torch.empty(n, dtype=torch.float32, device=rows.device) for _ in range(2))
+    if n > 0:
+        row_scales[(triton.cdiv(n, SCALE_ROWS),)](
+            rows, n, d, rows.stride(0), first, second, SCALE_ROWS, SCALE_DEPTH, **OPTIONS
+        )
+    return first, second
 
 
 @triton.jit
@@ -77,6 +95,13 @@ def load_scaled(pointer, scale, row, column, n, d, stride):
     x = load_rows(pointer, row, column, n, d, stride)
     factor = tl.load(scale + row, mask=row < n, other=0.0)
     return (x.to(tl.float32) * factor[:, None]).to(x.dtype)
+
+
+@triton.jit
+def ordered(value):
+    """Give float32 values as int32 codes that order alike; 0 and -0 are one, NaN comes before all."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Who offers which kernel, and when it refuses; what cannot be loaded stays in `MISSING` with its reason."""
 
-from dinofast.ops.providers import gpu  # noqa: F401  (offers its kernels)
+from dinofast.ops.providers import gpu, triton  # noqa: F401  (they offer their kernels)
 from dinofast.ops.providers.cpu import (
     has_int8,
     instruction_set,

@@ -1,0 +1,168 @@
+"""Times on a GPU: events around single calls, L2 made cold between them, eager and as a captured graph.
+
+`python -m bench.gpu OPERATOR` only calls its kernels, for a profiler.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import OURS, Call, Ceiling, Gate
+from bench.peers import _torch_max, _torch_topk
+from bench.shapes import SHAPES, unit_rows
+from dinofast.ops import OPS
+from dinofast.testing import cast_inputs
+
+REPEATS = 50
+COLD_BYTES = 1 << 28
+"""Written between two calls: more than the L2 of any GPU."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+SIZES = {
+    ("cosine_map", "image_32_to_448"): ("float32", "bfloat16"),
+    ("cosine_max", "image_1024x150"): ("float32", "bfloat16"),
+    ("cosine_max", "bank_1024x100000"): ("float32", "bfloat16"),
+    ("knn_topk", "bank_1024x10000_k3"): ("float32", "bfloat16"),
+    ("knn_topk", "bank_1024x100000_random"): ("float32", "bfloat16"),
+    ("upsample_blur", "image_32_to_448"): ("float32",),
+    ("farthest_point", "random_100000"): ("float32", "bfloat16"),
+}
+
+
+def _interpolated(features: Tensor, prototypes: Tensor, size: list[int], mask: None) -> Call:
+    def call() -> Tensor:
+        rows = torch.nn.functional.normalize(features.flatten(0, 2))
+        distance = (1 - (rows @ prototypes.T).amax(dim=1)).view(features.shape[:3])
+        return torch.nn.functional.interpolate(distance[:, None].float(), size=size, mode="bilinear")[:, 0]
+
+    return call
+
+
+def _farthest(rows: Tensor, min_distance: Tensor, index: Tensor) -> Call:
+    def call() -> tuple[Tensor, Tensor]:
+        gap = torch.linalg.vector_norm(rows - rows.index_select(0, index.view(1)), dim=1, dtype=torch.float32)
+        nearest = torch.minimum(min_distance, gap)
+        return nearest, nearest.argmax()
+
+    return call
+
+
+ONE_LINERS: dict[str, Callable[..., Call]] = {
+    "cosine_max": _torch_max,
+    "cosine_map": _interpolated,
+    "knn_topk": _torch_topk,
+    "farthest_point": _farthest,
+}
+"""Operator -> plain torch for the same work, on rows of norm 1; where there is none, its reference stands."""
+
+
+def arguments(op: str, size: str, dtype: str) -> tuple[Any, ...]:
+    """Give the operator's arguments on the GPU."""
+    if op == "farthest_point":
+        made: tuple[Any, ...] = (unit_rows(100_000, 0), torch.full((100_000,), torch.inf), torch.tensor(0))
+    else:
+        made = SHAPES[op][size]()
+    moved = (x.cuda() if isinstance(x, Tensor) else x for x in made)
+    return cast_inputs(OPS[op], tuple(moved), DTYPES[dtype])
+
+
+def kernels(op: str) -> dict[str, Any]:
+    """Give our kernels for a GPU: name of the contender -> kernel."""
+    offers = (k for k in OPS[op].kernels if "cuda" in k.devices and k.backend != "reference")
+    return {f"{OURS}-{kernel.backend}": kernel for kernel in offers}
+
+
+def peers(op: str, args: tuple[Any, ...]) -> dict[str, Call]:
+    """Give what our kernels are compared with; neither of them passes a gate: they may err more."""
+    plain = ONE_LINERS[op](*args) if op in ONE_LINERS else partial(OPS[op].reference, *args)
+    compiled = torch.compile(OPS[op].reference)
+    return {"torch": plain, "compiled reference": partial(compiled, *args)}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call: medians, and every sample of the eager call.
+
+    Attributes:
+        eager: median.
+        samples: all of them.
+        graph: median of the captured call; None where it cannot be captured.
+        why: the reason for that.
+    """
+
+    eager: float
+    samples: list[float]
+    graph: float | None
+    why: str
+
+
+def measure(call: Call) -> Times:
+    """Time a call with cold L2, then the same as a CUDA graph; both run twice before."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(), call()
+    torch.cuda.synchronize()
+    samples = _samples(call)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:  # a peer may wait for the device; that is told, not hidden
+        torch.cuda.synchronize()
+        return Times(statistics.median(samples), samples, None, str(error).splitlines()[0])
+    return Times(statistics.median(samples), samples, statistics.median(_samples(graph.replay)), "")
+
+
+def _samples(call: Call) -> list[float]:
+    cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    call()
+    for begin, end in marks:
+        cold.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
+
+
+@lru_cache(maxsize=1)
+def ceiling() -> Ceiling:
+    """Measure a bf16 product of 8192³ and a copy of 1 GiB, in this run."""
+    side, size = 8192, 1 << 30
+    a, b = torch.randn(2, side, side, device="cuda", dtype=torch.bfloat16).unbind()
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    product = min(_samples(lambda: a @ b))
+    copy = min(_samples(lambda: target.copy_(source)))
+    return Ceiling(2 * side**3 / product, 2 * size / copy)
+
+
+def gate(op: str, args: tuple[Any, ...], results: Any) -> float:
+    """Hold a kernel's results to the truth, as the tests do; give the largest error."""
+    return Gate(OPS[op], args).kernel(results if isinstance(results, tuple) else (results,))
+
+
+def main() -> None:
+    """Call every kernel of an operator some times at its first size."""
+    wanted = sys.argv[1]
+    op, size = next(pair for pair in SIZES if pair[0] == wanted)
+    for dtype in SIZES[op, size]:
+        args = arguments(op, size, dtype)
+        for kernel in kernels(op).values():
+            for _ in range(10):
+                kernel.run(*args)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Kernels in Triton: the only importer of dinofast.kernels, which loads Triton (0.2 s) at the first call."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dinofast.ops.cosine_map import _fake as cosine_map_results
+from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.farthest_point import _fake as farthest_point_results
+from dinofast.ops.kmeans_step import _fake as kmeans_step_results
+from dinofast.ops.knn_topk import METRICS
+from dinofast.ops.knn_topk import _fake as knn_topk_results
+from dinofast.ops.providers.shared import DTYPES, dense, refuse_cosine_max
+from dinofast.ops.registry import MISSING, Kernel, provide
+from dinofast.ops.upsample_blur import Weights, resample_weights
+from dinofast.ops.upsample_blur import _fake as upsample_blur_results
+
+if TYPE_CHECKING:
+    from dinofast.kernels.resample import Axis
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
+_MOST_NEIGHBORS = 64
+_MOST_ROWS = 1 << 30
+"""Row numbers of the last, partly empty block must fit int32."""
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Launch on the device of `x`."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)
+
+
+def _cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    from dinofast.kernels.cosine_max import cosine_max
+
+    similarity, index = cosine_max_results(features, prototypes)
+    with _on(features):
+        cosine_max(dense(features), dense(prototypes), similarity, index)
+    return similarity, index
+
+
+def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
+    if queries.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {queries.dtype}"
+    if k > _MOST_NEIGHBORS:
+        return f"wants k <= {_MOST_NEIGHBORS}, got {k}"
+    if max(queries.shape[0], bank.shape[0]) > _MOST_ROWS:
+        return f"wants at most 2**30 rows, got {queries.shape[0]} and {bank.shape[0]}"
+    return None
+
+
+def _knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    from dinofast.kernels.knn_topk import knn_topk
+
+    distance, index = knn_topk_results(queries, bank, k, metric)
+    with _on(queries):
+        knn_topk(dense(queries), dense(bank), k, METRICS.index(metric), distance, index)
+    return distance, index
+
+
+@lru_cache(maxsize=64)
+def _axes(
+    grid: tuple[int, int], size: tuple[int, int], sigma: float, mode: str, boundary: str, device: torch.device
+) -> tuple[Axis, Axis]:
+    """Give the weights of rows and columns on the device; they are copied there at the first call."""
+    pairs = zip(grid, size, strict=True)
+    rows, columns = (
+        _axis(resample_weights(source, target, sigma, mode, boundary)[0], device) for source, target in pairs
+    )
+    return rows, columns
+
+
+def _axis(weights: Weights, device: torch.device) -> Axis:
+    from dinofast.kernels.resample import Axis
+
+    start = weights.start.long()
+    count = start[1:] - start[:-1]
+    row = torch.arange(weights.count).repeat_interleave(count)
+    entry = torch.arange(len(weights.index)) - start[row]
+    index = torch.full((weights.count, int(count.max())), -1, dtype=torch.int32)
+    weight = torch.zeros(index.shape)
+    index[row, entry], weight[row, entry] = weights.index, weights.weight
+    return Axis(index.to(device), weight.to(device))
+
+
+def _refuse_maps(x: Tensor, size: list[int], *, patches: Tensor) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {x.dtype}"
+    if max(patches.numel(), patches.shape[0] * size[0] * size[1]) > _MOST_ROWS:
+        return f"wants at most 2**30 patches and pixels, got {tuple(patches.shape)} to {tuple(size)}"
+    return None
+
+
+def _refuse_upsample_blur(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> str | None:
+    return _refuse_maps(map, size, patches=map)
+
+
+def _upsample_blur(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:
+    from dinofast.kernels.resample import upsample_blur
+
+    pixels = upsample_blur_results(map, size, sigma, mode, boundary)
+    (h, w), (height, width) = map.shape[1:], size
+    with _on(map):
+        axes = _axes((h, w), (height, width), sigma, mode, boundary, map.device)
+        upsample_blur(map.contiguous(), *axes, pixels)
+    return pixels
+
+
+def _refuse_cosine_map(
+    features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None
+) -> str | None:
+    if prototypes.shape[0] > _MOST_ROWS:
+        return f"wants at most 2**30 prototypes, got {prototypes.shape[0]}"
+    return _refuse_maps(features, size, patches=features[..., 0])
+
+
+def _cosine_map(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None) -> Tensor:
+    from dinofast.kernels.cosine_map import cosine_map
+
+    pixels = cosine_map_results(features, prototypes, size, mask)
+    (b, h, w, d), (height, width) = features.shape, size
+    bits = None if mask is None else mask.contiguous().view(torch.uint8)
+    with _on(features):
+        axes = _axes((h, w), (height, width), 0.0, "bilinear", "reflect", features.device)
+        rows = dense(features.reshape(-1, d))
+        cosine_map(rows, dense(prototypes), (b, h, w), bits, *axes, pixels)
+    return pixels
+
+
+def _refuse_rows(rows: Tensor, *_: Tensor) -> str | None:
+    if rows.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {rows.dtype}"
+    return None if rows.shape[0] <= _MOST_ROWS else f"wants at most 2**30 rows, got {rows.shape[0]}"
+
+
+def _farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    from dinofast.kernels.farthest_point import farthest_point
+
+    nearest, farthest = farthest_point_results(rows, min_distance, index)
+    with _on(rows):
+        farthest_point(dense(rows), min_distance.contiguous(), index, nearest, farthest)
+    return nearest, farthest
+
+
+def _kmeans_step(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from dinofast.kernels.kmeans_step import kmeans_step
+
+    index, sq_distance, sums, counts = kmeans_step_results(rows, centers)
+    with _on(rows):
+        kmeans_step(dense(rows), dense(centers), index, sq_distance, sums, counts)
+    return index, sq_distance, sums, counts
+
+
+if importlib.util.find_spec("triton") is None:
+    MISSING["triton"] = "triton is not installed; pip install 'dinofast[triton]'"
+elif importlib.util.find_spec("dinofast.kernels") is None:
+    MISSING["triton"] = "dinofast.kernels is not installed; run pip install -e ."
+elif torch.version.cuda is None and not _INTERPRETED:
+    MISSING["triton"] = "this torch has no CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+else:
+    _DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+    provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max, refuse_cosine_max))
+    provide("knn_topk", Kernel("triton", _DEVICES, _knn_topk, _refuse_knn_topk))
+    provide("upsample_blur", Kernel("triton", _DEVICES, _upsample_blur, _refuse_upsample_blur))
+    provide("cosine_map", Kernel("triton", _DEVICES, _cosine_map, _refuse_cosine_map))
+    provide("farthest_point", Kernel("triton", _DEVICES, _farthest_point, _refuse_rows))
+    provide("kmeans_step", Kernel("triton", _DEVICES, _kmeans_step, _refuse_rows))

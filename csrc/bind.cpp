@@ -77,8 +77,9 @@ PYBIND11_MODULE(_native, m) {
             const Element type = static_cast<Element>(element);
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
+            const Int8Tile& int8 = chosen_int8_tile();
             py::gil_scoped_release release;
-            cosine_max(tile, chosen_int8_tile(), left, right, reinterpret_cast<float*>(similarity),
+            cosine_max(tile, int8, left, right, reinterpret_cast<float*>(similarity),
                        reinterpret_cast<int64_t*>(index), threads);
         },
         "Fill similarity (N,) float32 and index (N,) int64. "
@@ -125,8 +126,9 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "knn_topk_bank",
         [](uintptr_t queries, int64_t q, int64_t queries_stride, int64_t d, int element,
-           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups,
-           int64_t depth, int k, int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited, int threads) {
+           const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups, int64_t depth,
+           int k, int metric, int64_t probes, uintptr_t distance, uintptr_t index, uintptr_t visited,
+           int threads) {
             const Tile& tile = chosen_tile();
             const Int8Tile& int8 = chosen_int8_tile();
             const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d,
@@ -157,8 +159,9 @@ PYBIND11_MODULE(_native, m) {
             const Element type = static_cast<Element>(element);
             const Rows left{reinterpret_cast<const void*>(features), n, features_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(prototypes), k, prototypes_stride, d, type};
+            const Int8Tile& int8 = chosen_int8_tile();
             py::gil_scoped_release release;
-            cosine_map(tile, chosen_int8_tile(), left, right, reinterpret_cast<const bool*>(mask), weights(rows),
+            cosine_map(tile, int8, left, right, reinterpret_cast<const bool*>(mask), weights(rows),
                        weights(columns), h, width, reinterpret_cast<float*>(out), threads);
         },
         "Fill out (B, H, W) float32 from the rows of B grids (h, w); mask (N,) bool or a null pointer.");

@@ -219,3 +219,19 @@ def test_few_columns_of_any_scale(name, dtype, d, k):
         similarity, index = ops.cosine_max(rows, columns)
     assert bool(similarity.isnan().all())
     assert not bool(index.any())
+
+
+@pytest.mark.parametrize("k", [17, 18, 19, 151, 300])
+def test_rows_that_decide_all_columns_see_no_columns_behind_the_last(isa, k):
+    """Nearly equal columns, then a last group of another direction; the best column of many rows is the last."""
+    draw = torch.Generator().manual_seed(k)
+    one, other = torch.nn.functional.normalize(torch.randn(2, 384, generator=draw))
+    columns = one + 1e-6 * torch.randn(k, 384, generator=draw)
+    columns[256:] += other - one
+    mixed = torch.where(torch.rand(400, 1, generator=draw) > 0.5, 0.9 * one, 0.3 * one + 0.6 * other)
+    rows = torch.cat([mixed + 0.02 * torch.randn(400, 384, generator=draw), columns[-1:].repeat(40, 1)])
+    value, index = ops.cosine_max(rows, columns)
+    cosine = torch.nn.functional.normalize(rows.double()) @ torch.nn.functional.normalize(columns.double()).T
+    torch.testing.assert_close(value.double(), cosine.amax(1), rtol=0, atol=1e-6)
+    reached = cosine.gather(1, index[:, None])[:, 0]
+    torch.testing.assert_close(reached, cosine.amax(1), rtol=0, atol=1e-6)

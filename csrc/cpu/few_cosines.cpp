@@ -9,8 +9,8 @@
 namespace dinofast {
 namespace {
 
-constexpr int64_t SMALL = 1 << 17;  // elements below which waking threads costs more than it saves
-constexpr int64_t ROWS = 12;        // rows that one thread takes at a time
+constexpr int64_t SMALL = 1 << 17;             // elements below which waking threads costs more than it saves
+constexpr int64_t ROWS = 12;                   // rows that one thread takes at a time
 constexpr float LEAST = 1e-20f, MOST = 1e20f;  // squares of norms that lose nothing in float32
 
 class FewCosines {
@@ -36,7 +36,8 @@ class FewCosines {
     void decide(int64_t first, int64_t count, float* buffer, float* value, int64_t* index) const {
         const float* x[ROWS];
         float scale[ROWS], score[ROWS * FEW_COSINES];
-        for (int64_t r = 0; r < count; ++r) x[r] = read(first + r, buffer, buffer + (r + 1) * padded_, scale[r]);
+        for (int64_t r = 0; r < count; ++r)
+            x[r] = read(first + r, buffer, buffer + (r + 1) * padded_, scale[r]);
         for (int64_t c = 0; c < count_; c += 4) {
             const float* four[4];
             for (int64_t i = 0; i < 4; ++i) four[i] = units_.get() + std::min(c + i, count_ - 1) * padded_;

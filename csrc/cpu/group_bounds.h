@@ -41,8 +41,8 @@ class GroupBounds {
         }
         for (int64_t c = 0; c < groups; c += COLUMNS_AT_A_TIME) {
             const int64_t columns = std::min(COLUMNS_AT_A_TIME, groups - c);
-            const int64_t found = tile.sieve(packed, panels_.get() + c * d_, columns, d_, half_.get() + c,
-                                             threshold, hits);
+            const int64_t found =
+                tile.sieve(packed, panels_.get() + c * d_, columns, d_, half_.get() + c, threshold, hits);
             for (int64_t h = 0; h < found; ++h) {
                 const int64_t q = first + hits[h].row, g = c + hits[h].column;
                 if (q >= count) continue;

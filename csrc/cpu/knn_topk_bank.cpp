@@ -228,9 +228,8 @@ class BankSearch {
             for (int64_t r = 0; r < n; ++r) key[g] = std::max(key[g], best[r] < bar[r] ? -INFINITY : best[r]);
             if (key[g] > -INFINITY) order[left++] = g;
         }
-        std::sort(order, order + left, [key](int64_t a, int64_t b) {
-            return key[a] > key[b] || (key[a] == key[b] && a < b);
-        });
+        std::sort(order, order + left,
+                  [key](int64_t a, int64_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); });
         for (int64_t i = 0; i < left; ++i) {
             const float* const best = most + order[i] * BLOCK;
             int64_t count = 0;

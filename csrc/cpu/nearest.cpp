@@ -12,11 +12,12 @@
 namespace dinofast {
 namespace {
 
-constexpr int64_t GROUP = 512;                   // columns scanned at once: their scores fit the L1
-constexpr int64_t PART = 1 << 18;                // floats of rows decided before `then` takes them
-constexpr int64_t FEW = 6;                       // pairs in which one decision costs no more than a screen gains
-constexpr int LOSSES = 2;                        // in a row, after which a screen is left
-constexpr int64_t LEAST_D = 32;                  // channels below which int8 gains nothing
+constexpr int64_t SELECTED = 16;   // scores that Lines::select reads at once, also behind the last
+constexpr int64_t GROUP = 512;     // columns scanned at once: their scores fit the L1
+constexpr int64_t PART = 1 << 18;  // floats of rows decided before `then` takes them
+constexpr int64_t FEW = 6;         // pairs in which one decision costs no more than a screen gains
+constexpr int LOSSES = 2;          // in a row, after which a screen is left
+constexpr int64_t LEAST_D = 32;    // channels below which int8 gains nothing
 
 int64_t group_columns(int64_t d, int64_t panel) {
     return std::clamp(PRIVATE / d / panel * panel, panel, GROUP);
@@ -25,7 +26,7 @@ int64_t group_columns(int64_t d, int64_t panel) {
 }  // namespace
 
 Nearest::Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows& rows, const Rows& columns,
-               int threads)
+                 int threads)
     : tile_(tile),
       int8_(int8),
       what_(what),
@@ -185,7 +186,8 @@ void Nearest::judge(Screen screen, int64_t rows, int64_t found) {
     }
 }
 
-void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value, int64_t* index) {
+void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value,
+                           int64_t* index) {
     for (int64_t r = 0; r < height_; ++r) {
         const int64_t at = slot * height_ + r, i = t * height_ + r;
         mine.open[at] = false;
@@ -199,7 +201,7 @@ void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine
 }
 
 void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
-                         int64_t* index) {
+                          int64_t* index) {
     const int64_t at = slot * height_ + r;
     float* const own = mine.rows.get() + at * padded_;
     const float* x = rows_.get(i, what_ == Value::cosine ? mine.buffer.get() : own);
@@ -254,7 +256,7 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scr
 
 // Tile t, in its slot, against columns c to c + count of the block. How many pairs were decided.
 int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
-                            float* value, int64_t* index) const {
+                             float* value, int64_t* index) const {
     const int64_t first = slot * height_;
     const bool int8 = screen == Screen::int8;
     if (screen == Screen::none) {
@@ -263,9 +265,8 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     }
     if (int8) {
         int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
-                       mine.scale.get() + first, mine.sum.get() + first,
-                       column_codes_.get() + c * quads_ * 4, count, quads_,
-                       column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_);
+                       mine.scale.get() + first, mine.sum.get() + first, column_codes_.get() + c * quads_ * 4,
+                       count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_);
     } else {
         tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
                        plain_bias_.get() + c, mine.scores.get(), group_);
@@ -333,6 +334,7 @@ void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, i
         if (!mine.open[first + r]) continue;
         float* const score = mine.scores.get() + r * group_;
         for (int64_t j = 0; j < count; ++j) score[j] = std::clamp(score[j], -1.0f, 1.0f);
+        std::fill(score + count, score + std::min(round_up(count, SELECTED), group_), -INFINITY);
         int32_t* const list = mine.columns.get();
         if (tile_.lines.select(score, count, value[i], 0, list) == 0) continue;
         offer(score[list[0]], start_ + number_[c + list[0]], value[i], index[i]);

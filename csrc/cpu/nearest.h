@@ -1,8 +1,8 @@
 // For every row the best of some columns. A screen scores all pairs within a proven error, in int8 where the
 // processor multiplies it faster, else in float32; what may be best is decided by one float32 value of the
 // pair, the same for every screen. So the results depend neither on the screen nor on the number of threads.
-// Of bitwise equal columns only the first is looked at. Where a screen holds nothing back, all pairs of a tile
-// are decided at once.
+// Of bitwise equal columns only the first is looked at. Where a screen holds nothing back, all pairs of a
+// tile are decided at once.
 #pragma once
 
 #include <atomic>
@@ -23,7 +23,7 @@ enum class Value {
 class Nearest {
   public:
     Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows& rows, const Rows& columns,
-           int threads);
+            int threads);
 
     // Fill value (N,) and index (N,): of equal values the smallest index. A row with NaN or inf gets NaN and
     // index -1; when a column has one, all rows do. `then`, if any, is called by every thread once the rows
@@ -63,8 +63,9 @@ class Nearest {
     const float* column(int64_t c) const { return read(number_[c]); }
     float limit_for(float value, float norm, float offset) const;
 
-    static constexpr int64_t PANEL = Int8Tile::COLUMNS;  // columns prepared at once: whole panels of every tile
-    static constexpr float HUGE_NORM = 1e15f;            // scores of longer rows might overflow
+    static constexpr int64_t PANEL =
+        Int8Tile::COLUMNS;                     // columns prepared at once: whole panels of every tile
+    static constexpr float HUGE_NORM = 1e15f;  // scores of longer rows might overflow
 
     const Tile& tile_;
     const Int8Tile& int8_;
@@ -81,9 +82,9 @@ class Nearest {
 
     Array<float> zero_, center_, probe_;
     float center_square_ = 0;
-    Array<float> units_, key_;                   // of the columns that are read
-    Array<int32_t> number_;                      // of the distinct columns among them, ascending
-    Array<float> panels_, plain_bias_;           // of the distinct columns
+    Array<float> units_, key_;          // of the columns that are read
+    Array<int32_t> number_;             // of the distinct columns among them, ascending
+    Array<float> panels_, plain_bias_;  // of the distinct columns
     Array<float> column_scale_, bias_, column_rest_, column_norm_, own_;
     Array<float> panel_rest_, panel_norm_, panel_own_;  // the most of each panel
     Array<uint8_t> column_codes_;

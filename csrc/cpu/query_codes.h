@@ -73,9 +73,9 @@ class QueryCodes {
     // queries of one tile in order, or of those collected.
     int64_t sieve(int64_t tile, const uint8_t* codes, const float* scale, const float* bias, int64_t first,
                   int64_t columns, const float* threshold, Hit* hits) const {
-        return int8_.sieve(tiles_.get() + tile * size_, scale_.get() + tile * ROWS,
-                           sum_.get() + tile * ROWS, codes + first * quads_ * 4, columns, quads_,
-                           scale + first, bias + first, threshold, hits);
+        return int8_.sieve(tiles_.get() + tile * size_, scale_.get() + tile * ROWS, sum_.get() + tile * ROWS,
+                           codes + first * quads_ * 4, columns, quads_, scale + first, bias + first,
+                           threshold, hits);
     }
     int64_t sieve(const QueryTile& tile, const uint8_t* codes, const float* scale, const float* bias,
                   int64_t first, int64_t columns, const float* threshold, Hit* hits) const {
@@ -87,7 +87,9 @@ class QueryCodes {
     static constexpr int ROWS = Int8Tile::ROWS, QUADS = Int8Tile::RUN / 4;
 
     // Bytes of the run that begins at a quad.
-    size_t bytes(int64_t quad) const { return static_cast<size_t>(4 * std::min<int64_t>(QUADS, quads_ - quad)); }
+    size_t bytes(int64_t quad) const {
+        return static_cast<size_t>(4 * std::min<int64_t>(QUADS, quads_ - quad));
+    }
 
     const Int8Tile& int8_;
     int64_t channels_, quads_, size_;

@@ -108,11 +108,11 @@ def main(rows: int = 2048, components: int = 100, channels: int = 384, steps: in
         seconds["score"] = [min(pair) for pair in zip(seconds["score"], (host, ours), strict=True)]
     differences["score"] = float((theirs - mine).abs().max())
     print(f"{rows} rows, {components} components, {channels} channels, diagonal, after {steps} steps")
-    print(f"alpha: equations {float(their_alpha):.5f}, dinofast {float(model.alpha):.5f}")
-    print(f"first scores: equations {theirs[:3].tolist()}, dinofast {mine[:3].tolist()}")
+    print(f"alpha: host equations {float(their_alpha):.5f}, dinofast {float(model.alpha):.5f}")
+    print(f"first scores: host equations {theirs[:3].tolist()}, dinofast {mine[:3].tolist()}")
     for name, (host, ours) in seconds.items():
         gap = differences[name]
-        print(f"{name:6} largest difference {gap:.2e}, equations {host:.4f} s, dinofast {ours:.4f} s")
+        print(f"{name:6} largest difference {gap:.2e}, host equations {host:.4f} s, dinofast {ours:.4f} s")
     return differences
 
 

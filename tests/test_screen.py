@@ -223,7 +223,7 @@ def test_few_columns_of_any_scale(name, dtype, d, k):
 
 @pytest.mark.parametrize("k", [17, 18, 19, 151, 300])
 def test_rows_that_decide_all_columns_see_no_columns_behind_the_last(isa, k):
-    """Nearly equal columns, then a last group of another direction; the best column of many rows is the last."""
+    """Nearly equal columns, then a last group of another direction; the last one is the best of many rows."""
     draw = torch.Generator().manual_seed(k)
     one, other = torch.nn.functional.normalize(torch.randn(2, 384, generator=draw))
     columns = one + 1e-6 * torch.randn(k, 384, generator=draw)

@@ -150,7 +150,7 @@ class IndexFlat:
         """
         queries = matrix(x, self.d, "x")
         rows = self._rows().to(queries.device)
-        step = max(1, BLOCK // max(1, len(rows)))
+        step = max(1, BLOCK // max(len(rows), self.d))
         counts, distances, numbers = [torch.zeros(1, dtype=torch.int64)], [], []
         for start in range(0, len(queries), step):
             block = queries[start : start + step]

@@ -20,7 +20,7 @@ BLOCK = 1 << 22
 
 
 class FlatSearch:
-    """Finite rows, prepared for many searches on one device."""
+    """Finite rows on one device; many become a `Bank` once half as many queries were asked: then it pays."""
 
     def __init__(self, rows: Tensor, metric: int) -> None:
         self.device, self._metric = rows.device, metric

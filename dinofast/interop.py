@@ -11,7 +11,7 @@ from torch import Tensor
 from dinofast.errors import InputError
 
 
-def to_tensor(array: Any, name: str = "array") -> Tensor:
+def to_tensor(array: Any, name: str = "array", *, writable: bool = False) -> Tensor:
     """View an array as a tensor that shares its memory, on its device.
 
     Work on a GPU array is ordered behind what its library has queued on the caller's current stream.
@@ -19,12 +19,15 @@ def to_tensor(array: Any, name: str = "array") -> Tensor:
     Args:
         array: torch tensor, NumPy array, or anything with `__dlpack__` or `__cuda_array_interface__`.
         name: what errors call it.
+        writable: whether the tensor is to be written to.
 
     Returns:
-        The tensor. Writing to it writes to `array`; a read-only NumPy array must not be written to.
+        The tensor. With `writable`, writing to it writes to `array`. Without, it must not be written to: its
+        memory may be read-only, and NumPy arrays of negative strides or the other byte order are copied.
 
     Raises:
-        InputError: no such array, or of a dtype or layout that torch does not have.
+        InputError: no such array, or of a dtype or layout that torch does not have; with `writable`, an array
+            that is read-only or could only be copied.
 
     >>> to_tensor(np.ones((2, 3), np.float32)).shape
     torch.Size([2, 3])
@@ -33,11 +36,13 @@ def to_tensor(array: Any, name: str = "array") -> Tensor:
         return array
     try:
         if isinstance(array, np.ndarray):
-            return _from_numpy(array)
+            return _from_numpy(array, name, writable)
         if hasattr(array, "__dlpack__"):
             return torch.from_dlpack(array)  # type: ignore[attr-defined]
         if hasattr(array, "__cuda_array_interface__"):
-            return torch.as_tensor(array, device="cuda")
+            return _from_cuda(array, name, writable)
+    except InputError:
+        raise
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         kind = f"{type(array).__name__} of {getattr(array, 'dtype', 'unknown dtype')}"
         raise InputError(f"{name}: torch cannot take this {kind} ({error}); convert it first") from error
@@ -65,8 +70,23 @@ def like(result: Tensor, array: Any) -> Any:
     return result.detach().cpu().numpy()
 
 
-def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+def _from_numpy(array: np.ndarray[Any, Any], name: str, writable: bool) -> Tensor:
+    if writable and not array.flags.writeable:
+        raise InputError(f"{name}: the array is read-only and cannot be written to; give a copy")
     if array.dtype.byteorder not in "=|" or any(stride < 0 for stride in array.strides):
+        if writable:
+            raise InputError(
+                f"{name}: torch cannot write to {array.dtype.str} with strides {array.strides}; "
+                "give an array of native byte order and positive strides"
+            )
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))  # torch has neither of these
     # from_numpy warns of read-only memory, which is only read here
     return torch.from_numpy(array) if array.flags.writeable else torch.from_dlpack(array)  # type: ignore[attr-defined]
+
+
+def _from_cuda(array: Any, name: str, writable: bool) -> Tensor:
+    tensor = torch.as_tensor(array, device="cuda")
+    address, read_only = array.__cuda_array_interface__["data"]
+    if writable and (read_only or tensor.data_ptr() != address):
+        raise InputError(f"{name}: the array is read-only or on another device; give one on {tensor.device}")
+    return tensor

@@ -6,6 +6,7 @@ import torch
 
 from dinofast.drop_in import anomalydino
 from dinofast.errors import InputError
+from dinofast.models import memory_bank
 
 
 def rows(n, d=12, seed=0):
@@ -44,6 +45,11 @@ def test_image_score_is_the_mean_of_the_largest_percent(n, top):
     assert anomalydino.mean_top1p(torch.from_numpy(distances)) == anomalydino.mean_top1p(distances)
 
 
+def test_image_score_of_whole_numbers_is_a_mean():
+    assert anomalydino.mean_top1p(np.arange(200)) == 198.5
+    assert anomalydino.mean_top1p(torch.arange(200)) == 198.5
+
+
 @pytest.mark.parametrize("shape", [(448, 448, 3), (100, 230)])
 def test_map_is_that_of_opencv_and_scipy(shape):
     cv2, ndimage = pytest.importorskip("cv2"), pytest.importorskip("scipy.ndimage")
@@ -63,6 +69,19 @@ def test_sets_without_references_score_as_published(quantile):
     np.testing.assert_allclose(found, distance[:, : rank - 1].mean(1), rtol=1e-4, atol=1e-6)
 
 
+def test_a_set_is_searched_image_by_image_without_a_copy_of_it(monkeypatch):
+    images = [5 * rows(300, seed=s) for s in range(6)]
+    searched, real = [], memory_bank.knn_topk
+
+    def spy(queries, part, *rest):
+        searched.append(part.data_ptr())
+        return real(queries, part, *rest)
+
+    monkeypatch.setattr(memory_bank, "knn_topk", spy)
+    anomalydino.calculate_cosine_distances(images, 2, quantile=0.01)
+    assert searched == [x.__array_interface__["data"][0] for i, x in enumerate(images) if i != 2]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -74,6 +93,7 @@ def test_sets_without_references_score_as_published(quantile):
         (lambda: anomalydino.dists2map(np.zeros(4), (8, 8)), "dists must be"),
         (lambda: anomalydino.calculate_cosine_distances([rows(9)], 0), "there must be others"),
         (lambda: anomalydino.calculate_cosine_distances([rows(9)] * 2, 0), "of 9 patches is none"),
+        (lambda: anomalydino.calculate_cosine_distances([rows(9), rows(9, 11)], 0), r"matrix \(N, 12\)"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -90,6 +90,11 @@ class Host:
         np.testing.assert_allclose(float(model.alpha), self.alpha, rtol=within)
 
 
+def logs(last):
+    """Logarithms of responsibilities (4, K), the last row as given."""
+    return np.log([[0.2] * K] * 3 + [last])
+
+
 def model(kind="diag", seed=0, steps=1, k=K, x=None, **given):
     torch.manual_seed(seed)
     found = DPMM(k, D, **({"update_rate": 0.2, "cov_type": kind} | given))
@@ -125,6 +130,43 @@ def test_e_step_and_m_step_are_the_step(kind):
     host.same(ours)
     twin.m_step(batch, log_r)
     host.same(twin)
+
+
+def test_logarithms_above_zero_by_rounding_are_logarithms():
+    shares = np.eye(K)[[0, 1, 2, 3]] * (1 - 1e-7) + 1e-9
+    exact, rounded, batch = model(), model(), rows(4)
+    exact.m_step(batch, shares)
+    rounded.m_step(batch, np.where(shares > 0.5, 1e-7, np.log(shares)))
+    torch.testing.assert_close(rounded.mean, exact.mean)
+
+
+def test_one_component_has_logarithms_of_zero():
+    ours, twin, batch = model(k=1), model(k=1), rows(9)
+    ours.m_step(batch, ours.e_step(batch))
+    twin.m_step(batch, np.ones((9, 1)))
+    assert torch.equal(ours.mean, twin.mean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mean", math.nan, "mean holds NaN or infinite"),
+        ("v", math.inf, "v holds NaN or infinite"),
+        ("cov", math.nan, "cov holds NaN"),
+        ("cov", -1.0, "cov of component 2 is not positive definite"),
+        ("cov", 0.0, "cov of component 2 is not positive definite"),
+    ],
+)
+def test_states_that_are_no_mixture_are_refused_by_name(kind, key, value, message):
+    ours = model(kind)
+    before, state = ours.state_dict(), ours.state_dict()
+    state[key][2] = value * torch.eye(D) if key == "cov" and value <= 0 else value
+    with pytest.raises(InputError, match=message):
+        ours.load_state_dict(state)
+    with pytest.raises(InputError, match="alpha must be finite"):
+        ours.load_state_dict(before | {"alpha": math.nan})
+    assert all(np.array_equal(before[name], value) for name, value in ours.state_dict().items())
 
 
 def test_a_concentration_below_one_is_the_hosts():
@@ -331,7 +373,15 @@ def test_defaults_are_the_hosts():
         (lambda: model().initialize(rows(0)), "give initialize the first batch"),
         (lambda: model().step(rows() * math.nan), "leaves the range"),
         (lambda: model().m_step(rows(4), rows(4)), r"resp must be \(4, 5\)"),
-        (lambda: model().m_step(rows(4) * math.nan, np.ones((4, K))), "NaN or infinite"),
+        (lambda: model().m_step(rows(4) * math.nan, np.full((4, K), 1 / K)), "NaN or infinite"),
+        (lambda: model().m_step(rows(4), np.ones((4, K))), "taken for responsibilities: row 0 sums to 5 "),
+        (lambda: model().m_step(rows(4), np.zeros((4, K))), "taken for logarithms: row 0 sums to 5 "),
+        (lambda: model().m_step(rows(4), np.full((4, K), math.nan)), "row 0 sums to nan"),
+        (
+            lambda: model().m_step(rows(4), logs([0.6, 0.2, 0.1, 0.05, 0.02])),
+            "logarithms: row 3 sums to 0.97 ",
+        ),
+        (lambda: model().m_step(rows(4), np.log([[1e-9, 2, 1, 1, 1]] * 4)), "logarithms: row 0 sums to 5 "),
         (lambda: setattr(model(), "alpha", 0), "above 0"),
         (lambda: DPMM(3, 3).load_state_dict({"v": rows(3)}), "has no cov, cov_stat"),
         (

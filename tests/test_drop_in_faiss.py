@@ -1,5 +1,6 @@
 """The faiss names against the real faiss-cpu, where it is installed, and against what it is known to do."""
 
+import struct
 import sys
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from dinofast import drop_in
 from dinofast.drop_in import faiss as ours
 from dinofast.drop_in import flat_search
-from dinofast.drop_in.flat_search import PREPARED
 from dinofast.errors import InputError
+from dinofast.ops.bank import FEW
 
 METRICS = ["IndexFlatL2", "IndexFlatIP"]
 FAR = np.float32(np.finfo(np.float32).max)
@@ -71,13 +72,13 @@ def test_bank_is_prepared_when_searched_enough_and_searches_as_faiss(faiss, monk
     built = []
     real = flat_search.Bank
     monkeypatch.setattr(flat_search, "Bank", lambda *args: built.append(len(args[0])) or real(*args))
-    bank, queries = rows(PREPARED + 10, 24), rows(PREPARED // 4 + 10, 24, 1)
+    bank, queries = rows(FEW + 10, 24), rows(FEW // 4 + 10, 24, 1)
     theirs, mine = getattr(faiss, metric)(24), getattr(ours, metric)(24)
     theirs.add(bank)
     mine.add(bank)
     for times in (0, 1, 1):
         same(mine.search(queries, 5), theirs.search(queries, 5), bank, queries, metric)
-        assert built == times * [PREPARED + 10]
+        assert built == times * [FEW + 10]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -97,6 +98,25 @@ def test_range_search_removal_and_reconstruction(faiss, metric):
         order = np.argsort(their_I[part])
         np.testing.assert_array_equal(number[part], their_I[part][order])
         np.testing.assert_allclose(distance[part], their_D[part][order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [7, 1 << 22])
+@pytest.mark.parametrize("threshold", [0, 1, 2, 3, 5, 18, 25, 49])
+def test_rows_at_the_limit_are_left_out(faiss, monkeypatch, threshold, block):
+    monkeypatch.setattr(ours, "BLOCK", block)
+    monkeypatch.setattr(flat_search, "BLOCK", block)
+    bank, queries = rows(60, 3, levels=3), rows(9, 3, 1, levels=3)
+    bank[:3], queries[0] = [(1, 1, 0), (1, 2, 0), (3, 3, 0)], 0
+    theirs, mine = faiss.IndexFlatL2(3), ours.IndexFlatL2(3)
+    theirs.add(bank)
+    mine.add(bank)
+    (lims, distance, number), expected = (i.range_search(queries, threshold) for i in (mine, theirs))
+    np.testing.assert_array_equal(lims, expected[0])
+    for i in range(len(queries)):
+        part = slice(int(lims[i]), int(lims[i + 1]))
+        order = np.argsort(expected[2][part])
+        np.testing.assert_array_equal(number[part], expected[2][part][order])
+        np.testing.assert_array_equal(distance[part], expected[1][part][order])
 
 
 def test_nan_queries_find_nothing_and_nan_rows_are_not_found(faiss):
@@ -158,7 +178,16 @@ def test_broken_files_are_named(faiss, tmp_path):
     faiss.write_index(index, str(tmp_path / "whole"))
     whole = (tmp_path / "whole").read_bytes()
     faiss.write_index(faiss.index_factory(4, "SQ8"), str(tmp_path / "other"))
-    cases = {"torn": whole[:-3], "empty": b"", "long": whole + b"x", "other": None, "absent": None}
+    negative = bytearray(whole)
+    struct.pack_into("<iq", negative, 4, -5, -6)
+    cases = {
+        "negative": bytes(negative),
+        "torn": whole[:-3],
+        "empty": b"",
+        "long": whole + b"x",
+        "other": None,
+        "absent": None,
+    }
     for name, content in cases.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -177,6 +206,74 @@ def test_normalize_l2_works_in_place_and_leaves_zero_rows(faiss):
     np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-6)
     with pytest.raises(InputError, match="float32 matrix"):
         ours.normalize_L2(np.zeros((2, 2)))
+
+
+def unwritable(tmp_path):
+    """Float32 matrices (3, 2) of ones that torch would crash on, overwrite, or leave unchanged."""
+    np.save(tmp_path / "a.npy", np.ones((3, 2), np.float32))
+    yield np.load(tmp_path / "a.npy", mmap_mode="r")
+    frozen = np.ones((3, 2), np.float32)
+    frozen.flags.writeable = False
+    yield frozen
+    yield np.ones((3, 2), np.float32)[::-1]
+    yield np.ones((3, 2), ">f4")
+
+
+def test_nothing_is_written_to_what_cannot_be(tmp_path):
+    index = ours.IndexFlatL2(5)
+    index.add(rows(9))
+    for array in unwritable(tmp_path):
+        for call in (
+            lambda given=array: ours.normalize_L2(given),
+            lambda given=array: index.search(rows(3), 2, D=given),
+        ):
+            with pytest.raises(InputError, match=r"read-only|cannot write"):
+                call()
+            assert (array == 1).all()
+    distance, number = np.ones((3, 2), np.float32), np.ones((3, 2), np.int64)[::-1]
+    with pytest.raises(InputError, match="I: torch cannot write"):
+        index.search(rows(3), 2, D=distance, I=number)
+    assert (distance == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ({"D": np.zeros((9, 3, 2), np.float32)}, r"D must be torch.float32 \(3, 2\), got .* \(9, 3, 2\)"),
+        ({"D": np.zeros((3, 2))}, "D must be torch.float32 .*, got torch.float64"),
+        ({"I": np.zeros((3, 3), np.int64)}, r"I must be torch.int64 \(3, 2\)"),
+        ({"I": np.zeros((3, 2), np.int32)}, "got torch.int32"),
+    ],
+)
+def test_outputs_of_another_shape_or_dtype_are_named(out, message):
+    index = ours.IndexFlatL2(5)
+    index.add(rows(9))
+    with pytest.raises(InputError, match=message):
+        index.search(rows(3), 2, **out)
+
+
+def test_rows_are_brought_to_the_host_and_then_to_the_queries():
+    index = ours.IndexFlatL2(5)
+    nowhere = torch.empty(3, 5, device="meta")
+    with pytest.raises(NotImplementedError):  # no data to copy: the index would have kept the device
+        index.add(nowhere)
+    index.add(rows(9))
+    with pytest.raises(NotImplementedError):
+        index.remove_ids(torch.zeros(2, dtype=torch.int64, device="meta"))
+    with pytest.raises(NotImplementedError):
+        ours.IndexIDMap(ours.IndexFlatL2(5)).add_with_ids(rows(2), torch.zeros(2, device="meta").long())
+    assert index.ntotal == 9
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_ids_may_be_lists_arrays_or_tensors(kind):
+    index = ours.IndexIDMap(ours.IndexFlatL2(5))
+    index.add_with_ids(rows(4), kind([10, 20, 30, 40]))
+    assert index.remove_ids(kind([20, 30])) == 2
+    assert index.id_map.tolist() == [10, 40]
+    assert index.index.remove_ids(kind([0])) == 1
+    with pytest.raises(InputError, match="ids: "):
+        index.remove_ids([[1], [2, 3]])
 
 
 def test_knn_outputs_and_tensors(faiss):

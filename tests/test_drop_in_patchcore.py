@@ -114,6 +114,12 @@ def test_without_a_seed_torchs_generator_decides():
         (lambda: patchcore.GreedyCoresetSampler(0.01).run(rows(9)), "selects none"),
         (lambda: patchcore.ApproximateGreedyCoresetSampler(0.1, "cpu", 5), "must be 10, got 5"),
         (lambda: patchcore.NearestNeighbourScorer(1).fit([]), "one array a layer"),
+        (
+            lambda: patchcore.NearestNeighbourScorer(1).fit([rows(9), rows(8)]),
+            r"same rows in every layer, at least 1, got \[\(9, 12\), \(8, 12\)\]",
+        ),
+        (lambda: patchcore.NearestNeighbourScorer(1).fit([rows(0)]), r"at least 1, got \[\(0, 12\)\]"),
+        (lambda: patchcore.NearestNeighbourScorer(1).fit([np.ones(())]), r"got \[\(\)\]"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -50,6 +50,33 @@ def test_layouts_that_torch_lacks_are_copied(array):
     np.testing.assert_array_equal(to_tensor(array).numpy(), array)
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (read_only(np.zeros(3, np.float32)), "out: the array is read-only"),
+        (np.arange(6.0)[::-1], r"out: torch cannot write to <f8 with strides \(-8,\)"),
+        (np.arange(6, dtype=">f4"), "out: torch cannot write to >f4"),
+    ],
+    ids=["read-only", "reversed", "swapped"],
+)
+def test_what_cannot_be_written_to_is_named(array, message):
+    before = array.copy()
+    with pytest.raises(InputError, match=message):
+        to_tensor(array, "out", writable=True)
+    np.testing.assert_array_equal(array, before)
+
+
+def test_a_writable_view_writes_to_the_array():
+    array = np.zeros((4, 6), np.float32)
+    to_tensor(array[::2, 1:3], writable=True).fill_(1)
+    assert array.sum() == 4
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

@@ -29,12 +29,12 @@ def clustered(b, side, seed=0):
 @pytest.mark.parametrize("compat", ["patchcore", "anomalib-patchcore"])
 def test_patchcore_through_a_prepared_bank_changes_no_bit(compat, k, monkeypatch):
     model = PatchCore(compat=compat, n_neighbors=k, coreset_ratio=1.0).fit([clustered(4, 36)])
-    assert len(model.bank) >= searched.MANY
+    assert len(model.bank) >= searched.FEW
     query = clustered(3, 11, seed=1)
-    monkeypatch.setattr(searched, "MANY", 10**9)
+    monkeypatch.setattr(searched, "FEW", 10**9)
     plain, patches = model.score(query), model.patch_scores(query)
     assert model._prepared is None
-    monkeypatch.setattr(searched, "MANY", 4096)
+    monkeypatch.setattr(searched, "FEW", 4096)
     found = model.score(query)
     assert model._prepared[2].rows.data_ptr() == model.bank.data_ptr()
     assert model._prepared[2].metric == {"patchcore": "sqeuclidean"}.get(compat, "euclidean")
@@ -46,7 +46,7 @@ def test_patchcore_through_a_prepared_bank_changes_no_bit(compat, k, monkeypatch
 
 @needs_codes
 def test_the_prepared_bank_follows_rows_and_metric(monkeypatch):
-    monkeypatch.setattr(searched, "MANY", 100)
+    monkeypatch.setattr(searched, "FEW", 100)
     model = PatchCore(coreset_ratio=1.0).fit([clustered(1, 12)])
     before = model.patch_scores(clustered(1, 5, seed=1))
     kept = model._prepared

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from dinofast.errors import InputError
 from dinofast.models.coreset import k_center
 from dinofast.ops import Bank, knn_topk, upsample_blur
-
-PREPARED = 4096
-"""Rows from which a memory bank is prepared as a `Bank`, once for all images."""
+from dinofast.ops.bank import FEW
 
 _banks: WeakKeyDictionary[nn.Module, tuple[Tensor, int, str, Bank]] = WeakKeyDictionary()
 
@@ -152,7 +150,7 @@ class AnomalyDINOSearch:
 def _prepared(model: Any, metric: str) -> Tensor | Bank:
     """Give the model's memory bank, prepared once while it stays the same."""
     rows: Tensor = model.memory_bank
-    if len(rows) < PREPARED:
+    if len(rows) < FEW:
         return rows
     known = _banks.get(model)
     if known is None or known[0] is not rows or known[1:3] != (rows._version, metric):

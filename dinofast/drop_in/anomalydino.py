@@ -15,7 +15,6 @@ from dinofast.errors import InputError
 from dinofast.interop import like, to_tensor
 from dinofast.models.memory_bank import mean_below_rank
 from dinofast.ops import Bank, knn_topk, upsample_blur
-from dinofast.ops.rows import normalize_rows
 
 METRICS = ("L2_normalized", "L2")
 
@@ -61,7 +60,7 @@ def mean_top1p(distances: Any) -> float:
     Raises:
         InputError: no patches.
     """
-    flat = to_tensor(distances, "distances").flatten()
+    flat = to_tensor(distances, "distances").flatten().double()
     if not len(flat):
         raise InputError("distances: there are no patches to score")
     return float(flat.topk(max(1, int(len(flat) * 0.01))).values.mean())
@@ -108,16 +107,18 @@ def calculate_cosine_distances(
         Scores (P,), NumPy.
 
     Raises:
-        InputError: no such image, no others, or a rank of 0.
+        InputError: no such image, no others, another D, or a rank of 0.
     """
-    images = [normalize_rows(to_tensor(features, "features_all").to(device)) for features in features_all]
-    if not 0 <= sample_index < len(images) or len(images) < 2:
-        raise InputError(f"sample_index {sample_index} of {len(images)} images; there must be others, too")
-    before, after = ([*part, images[0][:0]] for part in (images[:sample_index], images[sample_index + 1 :]))
-    others = torch.cat(before), torch.cat(after)
-    rank = int(quantile * sum(len(part) for part in others))
-    if rank < 1:
+    if not 0 <= sample_index < len(features_all) or len(features_all) < 2:
         raise InputError(
-            f"quantile {quantile} of {sum(map(len, others))} patches is none: more images or a larger one"
+            f"sample_index {sample_index} of {len(features_all)} images; there must be others, too"
         )
-    return mean_below_rank(images[sample_index], others, rank).cpu().numpy()
+    scored = to_tensor(features_all[sample_index], "features_all")
+    queries = matrix(scored, int(scored.shape[-1]) if scored.dim() else 0, "features_all").to(device)
+    images = (features for i, features in enumerate(features_all) if i != sample_index)
+    others = [matrix(features, queries.shape[1], "features_all") for features in images]
+    patches = sum(map(len, others))
+    rank = int(quantile * patches)
+    if rank < 1:
+        raise InputError(f"quantile {quantile} of {patches} patches is none: more images or a larger one")
+    return mean_below_rank(queries, (part.to(device) for part in others), rank).cpu().numpy()

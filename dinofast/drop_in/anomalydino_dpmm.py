@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinofast.drop_in.anomalydino_dpmm_state import exported, imported, square
+from dinofast.drop_in.anomalydino_dpmm_state import exported, imported, responsibilities, square
 from dinofast.errors import InputError
 from dinofast.interop import like, to_tensor
 from dinofast.models import mixture_start
@@ -153,17 +153,17 @@ class DPMM:
 
         Args:
             data: rows (N, D), N >= 1.
-            resp: responsibilities (N, K), or their logarithms; a matrix without a positive number is taken
-                for these.
+            resp: responsibilities (N, K) in [0, 1], each row summing to 1 within a hundredth, or their
+                logarithms; a matrix with a negative number, or of zeros only, is taken for these.
 
         Raises:
-            InputError: not initialized, shapes that do not belong together, or NaN.
+            InputError: not initialized, shapes that do not belong together, no responsibilities, or NaN; the
+                state is then as it was.
         """
         rows, shares = self._rows(data).double(), to_tensor(resp, "resp").to(self.device).double()
         if not len(rows) or shares.shape != (len(rows), self.K):
             raise InputError(f"resp must be ({len(rows)}, {self.K}) with rows, got {tuple(shares.shape)}")
-        if not bool((shares > 0).any()):
-            shares = shares.exp()
+        shares = responsibilities(shares)
         if self.cov_type == "full":
             second = torch.stack([(rows * share[:, None]).T @ rows for share in shares.T])
         else:
@@ -278,7 +278,8 @@ class DPMM:
             state_dict: the keys of `state_dict`; of (K, D, D) arrays only the diagonals count unless "full".
 
         Raises:
-            InputError: keys are missing, or shapes are others.
+            InputError: keys are missing, shapes are others, NaN or infinite values, or covariances that are
+                not positive definite; the state is then as it was.
         """
         self._mixture = imported(
             state_dict,

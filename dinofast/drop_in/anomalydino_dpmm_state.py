@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ NAMES = {
     "cov": "covariances",
 }
 """The host's key of a state tensor -> the name in `Mixture`."""
+TOLERANCE = 1e-2
+"""How far from 1 the responsibilities of a row may sum: half precision keeps within."""
 
 
 def square(wide: Tensor) -> Tensor:
@@ -51,7 +54,8 @@ def imported(
         alpha: α, where the state has none.
 
     Raises:
-        InputError: keys are missing, or shapes are others.
+        InputError: keys are missing, shapes are others, NaN or infinite values, or covariances that are not
+            positive definite.
     """
     missing = {"iterations", *NAMES} - set(state)
     if missing:
@@ -66,7 +70,49 @@ def imported(
             raise InputError(f"{key} must be {shape}, got {tuple(tensor.shape)}")
         if tensor.dim() == 3 and not full:
             tensor = tensor.diagonal(dim1=1, dim2=2)
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{key} holds NaN or infinite values; take the state of an earlier step")
+        if key == "cov":
+            _check_positive(tensor)
         dtype = torch.float64 if tensor.dim() == 1 else torch.float32
         found[name] = tensor.to(dtype, copy=True).contiguous()
-    concentration = torch.tensor(float(state.get("alpha", alpha)), dtype=torch.float64, device=device)
+    number = float(state.get("alpha", alpha))
+    if not 0 < number < math.inf:
+        raise InputError(f"alpha must be finite and above 0, got {number}")
+    concentration = torch.tensor(number, dtype=torch.float64, device=device)
     return Mixture(**found, concentration=concentration, iteration=int(state["iterations"]))
+
+
+def responsibilities(given: Tensor) -> Tensor:
+    """Give responsibilities (N, K) of what may be their logarithms.
+
+    Args:
+        given: (N, K) in [0, 1]; with a negative number, or of zeros only, logarithms.
+
+    Raises:
+        InputError: rows that do not sum to 1 within a hundredth, or NaN.
+    """
+    logs = bool((given < 0).any()) or not bool(given.any())
+    shares = given.exp() if logs else given
+    total = shares.sum(dim=1)
+    wrong = ~((total - 1).abs() <= TOLERANCE)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise InputError(
+            f"resp, taken for {'logarithms' if logs else 'responsibilities'}: row {row} sums to "
+            f"{float(total[row]):.6g} instead of 1; give responsibilities in [0, 1], or the logarithms of all"
+        )
+    return shares
+
+
+def _check_positive(covariances: Tensor) -> None:
+    """Refuse covariances (K, D, D), or their diagonals (K, D), that are not positive definite."""
+    if covariances.dim() == 3:
+        bad = torch.linalg.cholesky_ex(covariances.double()).info != 0
+    else:
+        bad = (covariances <= 0).any(dim=1)
+    if bool(bad.any()):
+        raise InputError(
+            f"cov of component {int(bad.nonzero()[0, 0])} is not positive definite; "
+            "take the state of an earlier step"
+        )

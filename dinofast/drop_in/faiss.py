@@ -23,7 +23,15 @@ from torch import Tensor
 from dinofast.drop_in import faiss_files
 from dinofast.drop_in.faiss_id_map import IndexIDMap
 from dinofast.drop_in.faiss_kmeans import Kmeans
-from dinofast.drop_in.flat_search import BLOCK, INNER_PRODUCT, L2, FlatSearch, matrix
+from dinofast.drop_in.flat_search import (
+    BLOCK,
+    INNER_PRODUCT,
+    L2,
+    FlatSearch,
+    matrix,
+    row_numbers,
+    squared_distances,
+)
 from dinofast.errors import InputError
 from dinofast.interop import like, to_tensor
 
@@ -91,12 +99,12 @@ class IndexFlat:
         self._search: FlatSearch | None = None
 
     def add(self, x: Any) -> None:
-        """Append rows (N, D); they get the numbers ntotal, ntotal + 1, ...
+        """Append rows (N, D), copied to the host; they get the numbers ntotal, ntotal + 1, ...
 
         Raises:
             InputError: no matrix, or another D.
         """
-        rows = matrix(x, self.d, "x")
+        rows = matrix(x, self.d, "x").cpu()
         self._blocks.append(rows.clone() if rows.data_ptr() == to_tensor(x).data_ptr() else rows)
         self._search = None
 
@@ -114,17 +122,20 @@ class IndexFlat:
             Distances (Q, k) and row numbers (Q, k), nearest first.
 
         Raises:
-            InputError: no matrix, another D, k < 1, or search parameters.
+            InputError: no matrix, another D, k < 1, or search parameters; D or I of another shape or dtype,
+                read-only, or of a layout that torch cannot write to: nothing is written then.
         """
         if params is not None:
             raise InputError("search parameters are not offered; search without params")
         if not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k must be a whole number, at least 1, got {k!r}")
         queries = matrix(x, self.d, "x")
+        shape = len(queries), int(k)
+        outs = _output(D, "D", shape, torch.float32), _output(I, "I", shape, torch.int64)
         distance, index = self._searcher(queries.device).search(queries, int(k))
-        for out, found in ((D, distance), (I, index)):
+        for out, found in zip(outs, (distance, index), strict=True):
             if out is not None:
-                to_tensor(out, "D or I").copy_(found)
+                out.copy_(found)
         return (like(distance, x) if D is None else D), (like(index, x) if I is None else I)
 
     def range_search(self, x: Any, thresh: float) -> tuple[Any, Any, Any]:
@@ -137,22 +148,23 @@ class IndexFlat:
         Returns:
             lims (Q + 1,) uint64, D and I: those of query i are lims[i] : lims[i + 1], by number.
         """
-        queries, rows = matrix(x, self.d, "x"), self._rows()
-        step = max(1, BLOCK // max(1, len(rows)))
+        queries = matrix(x, self.d, "x")
+        rows = self._rows().to(queries.device)
+        step = max(1, BLOCK // max(len(rows), self.d))
         counts, distances, numbers = [torch.zeros(1, dtype=torch.int64)], [], []
         for start in range(0, len(queries), step):
             block = queries[start : start + step]
             if self.metric_type == METRIC_L2:
-                value = torch.cdist(block, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+                value = squared_distances(block, rows)
                 hit = value < thresh
             else:
                 value = block @ rows.T
                 hit = value > thresh
-            counts.append(hit.sum(1))
+            counts.append(hit.sum(1).cpu())
             distances.append(value[hit])
             numbers.append(hit.nonzero()[:, 1])
         lims = torch.cat(counts).cumsum(0).numpy().astype(np.uint64)
-        none = torch.zeros(0)
+        none = queries.new_zeros(0)
         found = torch.cat([*distances, none]), torch.cat([*numbers, none.long()])
         return lims, like(found[0], x), like(found[1], x)
 
@@ -186,13 +198,13 @@ class IndexFlat:
             How many rows were removed.
         """
         keep = torch.ones(self.ntotal, dtype=torch.bool)
-        asked = to_tensor(np.asarray(ids), "ids").long()
+        asked = row_numbers(ids)
         keep[asked[(asked >= 0) & (asked < self.ntotal)]] = False
         self._blocks, self._search = [self._rows()[keep]], None
         return int((~keep).sum())
 
     def _rows(self) -> Tensor:
-        """Give all rows (M, D) in one tensor."""
+        """Give all rows (M, D) in one tensor, on the host."""
         if len(self._blocks) != 1:
             self._blocks = [torch.cat([torch.empty(0, self.d), *self._blocks])]
         return self._blocks[0]
@@ -201,6 +213,20 @@ class IndexFlat:
         if self._search is None or self._search.device != device:
             self._search = FlatSearch(self._rows().to(device), self.metric_type)
         return self._search
+
+
+def _output(array: Any, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    """View an array that results are to be written to.
+
+    Raises:
+        InputError: of another shape or dtype, or it cannot be written to.
+    """
+    if array is None:
+        return None
+    tensor = to_tensor(array, name, writable=True)
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise InputError(f"{name} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
 
 
 class IndexFlatL2(IndexFlat):
@@ -261,9 +287,9 @@ def normalize_L2(x: Any) -> None:
     """Scale rows (N, D) to unit length in place; zero rows stay.
 
     Raises:
-        InputError: no float32 matrix.
+        InputError: no float32 matrix, read-only, or of a layout that torch cannot write to.
     """
-    tensor = to_tensor(x, "x")
+    tensor = to_tensor(x, "x", writable=True)
     if tensor.dim() != 2 or tensor.dtype != torch.float32:
         raise InputError(f"normalize_L2 wants a float32 matrix, got {tensor.dtype} {tuple(tensor.shape)}")
     norm = tensor.norm(dim=1, keepdim=True)
@@ -274,7 +300,7 @@ def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[Any, Any]:
     """Find the k nearest rows of `xb` (M, D) for queries (Q, D), as `IndexFlat.search`."""
     rows = to_tensor(xb, "xb")
     index = IndexFlat(int(rows.shape[-1]), metric)
-    index._blocks = [matrix(rows, index.d, "xb")]
+    index._blocks = [matrix(rows, index.d, "xb")]  # stay on their device: only searched, and not kept
     return index.search(xq, k)
 
 

@@ -59,20 +59,22 @@ def read(path: str | os.PathLike[str]) -> tuple[NDArray[np.float32], int, NDArra
         kind, d, m, *_, metric = HEADER.unpack_from(content, at)
         if kind not in FLAT or FLAT[kind] != metric:
             raise InputError(f"{path}: holds a {kind!r}; flat indexes and id maps over them are offered")
+        if d < 1 or m < 0:
+            raise ValueError(f"{m} rows of {d} channels")
         rows, at = _vector(content, at + HEADER.size, "<f4", m * d)
         ids, at = _vector(content, at, "<i8", m) if mapped else (None, at)
         if at != len(content):
             raise InputError(f"{path}: {len(content) - at} bytes too long; copy it again")
+        return rows.reshape(m, d).astype(np.float32), metric, ids
     except (struct.error, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: torn or no faiss index ({error}); copy it again") from error
-    return rows.reshape(m, d).astype(np.float32), metric, ids
 
 
 def _vector(content: memoryview, at: int, dtype: str, size: int) -> tuple[NDArray[Any], int]:
     (found,) = struct.unpack_from("<Q", content, at)
-    if found != size or size < 0:
+    if found != size:
         raise ValueError(f"{found} numbers where {size} belong")
     values = np.frombuffer(content, dtype, size, at + 8)
     return values, at + 8 + values.nbytes

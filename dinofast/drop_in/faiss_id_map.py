@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from dinofast.drop_in.flat_search import matrix
+from dinofast.drop_in.flat_search import matrix, row_numbers
 from dinofast.errors import InputError
 from dinofast.interop import like, to_tensor
 
@@ -66,7 +65,7 @@ class IndexIDMap:
         Raises:
             InputError: no matrix, another D, or not one number a row.
         """
-        rows, numbers = matrix(x, self.d, "x"), to_tensor(np.asarray(ids), "ids").long()
+        rows, numbers = matrix(x, self.d, "x"), row_numbers(ids)
         if numbers.shape != (len(rows),):
             raise InputError(f"{len(rows)} rows want as many numbers, got {tuple(numbers.shape)}")
         self.index.add(rows)
@@ -84,11 +83,12 @@ class IndexIDMap:
     def range_search(self, x: Any, thresh: float) -> tuple[Any, Any, Any]:
         """Find rows as the index does, with your numbers."""
         lims, distance, index = self.index.range_search(x, thresh)
-        return lims, distance, like(self._ids[to_tensor(index)], x)
+        rows = to_tensor(index)
+        return lims, distance, like(self._ids.to(rows.device)[rows], x)
 
     def remove_ids(self, ids: Any) -> int:
         """Take out every row with one of these numbers; gives how many."""
-        gone = torch.isin(self._ids, to_tensor(np.asarray(ids), "ids").long())
+        gone = torch.isin(self._ids, row_numbers(ids))
         self._ids = self._ids[~gone]
         return self.index.remove_ids(gone.nonzero()[:, 0])
 

@@ -11,17 +11,16 @@ from torch import Tensor
 from dinofast.errors import InputError
 from dinofast.interop import to_tensor
 from dinofast.ops import Bank, knn_topk
+from dinofast.ops.bank import FEW
 
 INNER_PRODUCT, L2 = 0, 1
 FAR = float(np.finfo(np.float32).max)
-PREPARED = 4096
-"""Rows from which a search prepares a `Bank`, once it was asked half as many queries: then that pays."""
 BLOCK = 1 << 22
 """Elements of the largest temporary matrix."""
 
 
 class FlatSearch:
-    """Finite rows, prepared for many searches on one device."""
+    """Finite rows on one device; many become a `Bank` once half as many queries were asked: then it pays."""
 
     def __init__(self, rows: Tensor, metric: int) -> None:
         self.device, self._metric = rows.device, metric
@@ -46,7 +45,7 @@ class FlatSearch:
             return distance, index
         self._asked += len(queries)
         rows_there = len(self._rows)
-        if isinstance(self._bank, Tensor) and rows_there >= PREPARED and 2 * self._asked > rows_there:
+        if isinstance(self._bank, Tensor) and rows_there >= FEW and 2 * self._asked > rows_there:
             self._bank = Bank(self._bank, self._name)
         if self._metric == L2:
             near, rows = knn_topk(queries[good], self._bank, found, self._name)
@@ -89,3 +88,27 @@ def matrix(x: Any, d: int, name: str) -> Tensor:
     if tensor.dim() != 2 or tensor.shape[1] != d:
         raise InputError(f"{name} must be a matrix (N, {d}), got {tuple(tensor.shape)}")
     return tensor.detach().to(torch.float32)
+
+
+def squared_distances(queries: Tensor, rows: Tensor) -> Tensor:
+    """Give all squared distances (Q, M) of (Q, D) and (M, D) as sums of squares: exact for small integers."""
+    found = queries.new_empty(len(queries), len(rows))
+    step = max(1, BLOCK // max(1, queries.numel()))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        found[:, start : start + step] = (queries[:, None] - block).square().sum(dim=2)
+    return found
+
+
+def row_numbers(ids: Any) -> Tensor:
+    """Give numbers that a caller gave, as an array or a list, as int64 on the host.
+
+    Raises:
+        InputError: no numbers.
+    """
+    if not any(hasattr(ids, name) for name in ("__dlpack__", "__cuda_array_interface__")):
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:
+            raise InputError(f"ids: no array of numbers ({error}); give a flat list") from error
+    return to_tensor(ids, "ids").detach().cpu().long()

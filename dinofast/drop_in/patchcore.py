@@ -104,7 +104,11 @@ class NearestNeighbourScorer:
         self.detection_features: NDArray[Any] | None = None
 
     def fit(self, detection_features: Sequence[Any]) -> None:
-        """Take over features (M, ...) of one or several layers; they are joined along the channels."""
+        """Take over features (M, ...) of one or several layers; they are joined along the channels.
+
+        Raises:
+            InputError: no layers, no rows, or layers of different numbers of rows.
+        """
         self.detection_features = _joined(detection_features)
         self.nn_method.fit(self.detection_features)
 
@@ -113,6 +117,9 @@ class NearestNeighbourScorer:
 
         Returns:
             Mean squared distance to the k nearest rows (Q,), these distances (Q, k), their numbers (Q, k).
+
+        Raises:
+            InputError: no layers, no rows, or layers of different numbers of rows; see `FaissNN.run`.
         """
         distances, numbers = self.nn_method.run(self.n_nearest_neighbours, _joined(query_features))
         return distances.mean(axis=-1), distances, numbers
@@ -243,9 +250,17 @@ class ApproximateGreedyCoresetSampler(GreedyCoresetSampler):
 
 
 def _joined(features: Sequence[Any]) -> NDArray[np.float32]:
+    """Join layers (N, ...) along their channels.
+
+    Raises:
+        InputError: no layers, no rows, or layers of different numbers of rows.
+    """
     parts = [to_tensor(part, "features").detach().cpu() for part in features]
     if not parts:
         raise InputError("features must be a list with one array a layer, got none")
+    shapes = [tuple(part.shape) for part in parts]
+    if any(shape[:1] in ((), (0,)) or shape[0] != shapes[0][0] for shape in shapes):
+        raise InputError(f"features must have the same rows in every layer, at least 1, got {shapes}")
     joined: NDArray[np.float32] = (
         torch.cat([part.reshape(len(part), -1) for part in parts], 1).float().numpy()
     )

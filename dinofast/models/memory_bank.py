@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import ClassVar
 
@@ -15,8 +15,9 @@ from dinofast.models.base import checked_stream
 from dinofast.models.foreground import foreground_mask
 from dinofast.models.image_score import top_percent
 from dinofast.models.row_store import RowStore
-from dinofast.models.searched import MANY, SearchedModel
+from dinofast.models.searched import SearchedModel
 from dinofast.ops import cosine_max, knn_topk, upsample_blur
+from dinofast.ops.bank import FEW
 from dinofast.ops.rows import normalize_rows
 from dinofast.types import Features, Scores
 
@@ -211,7 +212,7 @@ class MemoryBank(SearchedModel):
         k = self.n_neighbors
         if self.metric == "euclidean":
             return knn_topk(queries, self._searched("sqeuclidean"), k, "sqeuclidean")[0].mean(dim=1).sqrt()
-        if k == 1 and not (self.bank.is_cpu and len(self.bank) >= MANY):
+        if k == 1 and not (self.bank.is_cpu and len(self.bank) >= FEW):
             return 1 - cosine_max(queries, self.bank)[0]
         return knn_topk(queries, self._searched("cosine"), k)[0].mean(dim=1)
 
@@ -240,7 +241,7 @@ class MemoryBank(SearchedModel):
         return self.mask_threshold
 
 
-def mean_below_rank(queries: Tensor, parts: Sequence[Tensor], rank: int) -> Tensor:
+def mean_below_rank(queries: Tensor, parts: Iterable[Tensor], rank: int) -> Tensor:
     """Average each query's cosine distances strictly below the one of a rank; that one where ties leave none.
 
     Args:
@@ -251,8 +252,11 @@ def mean_below_rank(queries: Tensor, parts: Sequence[Tensor], rank: int) -> Tens
     Returns:
         (Q,).
     """
-    near = [knn_topk(queries, part, min(rank, len(part)))[0] for part in parts if len(part)]
-    distance = torch.cat(near, dim=1).sort(dim=1).values[:, :rank]
+    distance = queries.new_zeros(len(queries), 0)
+    for part in parts:
+        if len(part):
+            near = knn_topk(queries, part, min(rank, len(part)))[0]
+            distance = torch.cat([distance, near], dim=1).sort(dim=1).values[:, :rank]
     limit = distance[:, -1:]
     below = distance < limit
     mean = torch.where(below, distance, 0).sum(dim=1) / below.sum(dim=1)

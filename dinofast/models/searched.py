@@ -9,9 +9,7 @@ from torch import Tensor
 from dinofast.errors import InputError
 from dinofast.models.base import Model
 from dinofast.ops import Bank, providers
-
-MANY = 4096
-"""Rows from which scoring on the CPU pays for a prepared `Bank`."""
+from dinofast.ops.bank import FEW
 
 
 class SearchedModel(Model):
@@ -46,7 +44,7 @@ class SearchedModel(Model):
     def _searched(self, metric: str) -> Tensor | Bank:
         """Give the rows for `knn_topk` by one metric, prepared where that pays."""
         rows = self.bank
-        if not rows.is_cpu or len(rows) < MANY or providers.no_codes(rows.shape[1]):
+        if not rows.is_cpu or len(rows) < FEW or providers.no_codes(rows.shape[1]):
             return rows
         kept = self._prepared
         if kept is None or kept[0] is not rows or kept[1] != rows._version or kept[2].metric != metric:

@@ -94,7 +94,7 @@ def test_a_large_bank_is_prepared_once_and_anew_when_it_changes(patchcore, monke
     built = []
     real = ours.Bank
     monkeypatch.setattr(ours, "Bank", lambda rows, metric: built.append(metric) or real(rows, metric))
-    patchcore.memory_bank = torch.randn(ours.PREPARED + 5, 192)
+    patchcore.memory_bank = torch.randn(ours.FEW + 5, 192)
     queries = torch.randn(50, 192)
     for _ in range(2):
         plain, found = both(lambda: patchcore.nearest_neighbors(queries, 3))

@@ -403,4 +403,4 @@ def test_the_example_agrees_with_scikit_learn(capsys):
     found = runpy.run_path(str(path))["main"](rows=500, queries=40, channels=16, repeats=1)
     assert set(found) == {"cosine", "euclidean", "k-means", "mixture"}
     assert max(found.values()) < 1e-4
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert capsys.readouterr().out.count("largest difference") == 4

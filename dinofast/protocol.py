@@ -207,7 +207,7 @@ class _Scorer:
         self, detector: Detector, map_size: str, batch_size: int | None, progress: Progress | None
     ) -> None:
         self.model, self.seed, self.size = detector.model, detector.seed, MAP_SIZES[map_size]
-        self.embedder = Embedder(detector.backbone)
+        self.embedder = Embedder(detector.backbone, intensity=detector.model.wants_intensity)
         self._batch_size, self._progress = batch_size, progress
 
     def thresholds(self, normal: Sequence[Sample], source: str) -> list[Threshold]:

@@ -466,8 +466,24 @@ def test_what_the_command_refuses(
     assert "Traceback" not in found.err
 
 
-def test_every_model_can_be_asked_for(brain: Path, lite0: Backbone) -> None:
-    assert "memory_bank" in models.names()
-    found = protocol.run(Detector(lite0, "memory_bank"), bmad.load(brain), train=bmad.load(brain).train[:1])
-    assert found.n_train == 1
-    assert scoreboard.tables(found)[0].rows[0][0] == "this run"
+SMALL: dict[str, dict[str, Any]] = {
+    "dpmm": {"n_components": 2},
+    "memory_bank": {},
+    "patchcore": {},
+    "spatial_ar": {"hidden": 4, "n_layers": 2, "dilations": 1, "n_epochs": 1},
+    "support_kmeans": {"match_descriptor": "mean_patch"},
+}
+
+
+def test_every_model_is_asked_for() -> None:
+    """The zero-shot model compares patches with sentences, which only a backbone with text has."""
+    assert [*SMALL, "zero_shot"] == models.names()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_model_can_be_asked_for(name: str, brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0, models.create(name, **SMALL[name]))
+    report = protocol.run(detector, found, train=found.train[:2], regions=False)
+    assert report.n_train == 2
+    assert scoreboard.tables(report)[0].rows[0][0] == "this run"

@@ -338,6 +338,8 @@ def test_differences_are_measured_minus_published(report: Report) -> None:
     assert len(rows) == 18
     assert [row["same_model"] for row in rows] == sorted((row["same_model"] for row in rows), reverse=True)
     assert {row["model"] for row in rows if row["same_model"]} == {"memory_bank"}
+    assert {row["method"].split()[0] for row in rows if row["same_model"]} == {"AnomalyDINO,", "AnomalyDINO"}
+    assert {row["model"] for row in rows if row["method"].startswith("PatchCore")} == {"patchcore"}
     by_key = {(row["source"]["key"], row["method"]): row for row in rows}
     dpmm, ar = by_key["DPMM", "DPMM"], by_key["AR", "AR, dilated convolutions"]
     assert dpmm["auroc_difference"] == pytest.approx(100 * report.pixel.auroc - 96.21)

@@ -121,6 +121,23 @@ def test_thresholds_from_patch_scores(brain: Path, lite0: Backbone) -> None:
     assert by_patch.fit_seconds == {}
 
 
+@pytest.mark.parametrize(("source", "n_maps", "n_patches"), [("pixel", 8, 0), ("patch", 5, 3)])
+def test_every_image_is_scored_once(
+    brain: Path, lite0: Backbone, monkeypatch: pytest.MonkeyPatch, source: str, n_maps: int, n_patches: int
+) -> None:
+    detector = Detector(lite0).fit(bmad.load(brain).train)
+    model, counts = type(detector.model), {"score": 0, "patch_scores": 0}
+    for name in counts:
+
+        def counted(self: Any, features: Any, name: str = name, of: Any = getattr(model, name)) -> Any:
+            counts[name] += len(features)
+            return of(self, features)
+
+        monkeypatch.setattr(model, name, counted)
+    protocol.run(detector, bmad.load(brain), threshold_from=source, regions=False)
+    assert counts == {"score": n_maps, "patch_scores": n_patches}
+
+
 def test_masks_at_240_are_nearest_pixels(brain: Path, lite0: Backbone) -> None:
     found = protocol.run(Detector(lite0), bmad.load(brain), map_size="240", regions=False)
     near = (np.arange(240) + 0.5) * 60 // 240

@@ -96,6 +96,11 @@ class Detector:
         return self._embedder.per_image()
 
     @property
+    def total_seconds(self) -> dict[str, float]:
+        """Seconds of the last run by stage; of a fit, those of its validation images too."""
+        return self._embedder.total()
+
+    @property
     def seen(self) -> frozenset[bytes]:
         """Digests of the images learned, see `dinofast.imaging.digest`."""
         return self._seen

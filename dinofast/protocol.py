@@ -120,7 +120,7 @@ def run(
         detector.fit(
             learned, validation=held_back, checkpoint=checkpoint, batch_size=batch_size, progress=progress
         )
-        fit_seconds = detector.seconds
+        fit_seconds = {stage: spent / detector.n_images for stage, spent in detector.total_seconds.items()}
         if on_fit is not None:
             on_fit()
     scorer = _Scorer(detector, map_size, batch_size, progress)

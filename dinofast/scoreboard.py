@@ -77,7 +77,7 @@ class Report:
         image_wise: mean AUROC and AUPR of single images, over those that have both kinds of pixels.
         published: see `dinofast.published.compared`.
         seconds: seconds per test image by stage.
-        fit_seconds: likewise per train image; empty for a detector that came fitted.
+        fit_seconds: those of the fit, its validation too, per train image; empty where it came fitted.
         images: one row a test image, in order.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from bmad_trees import LAYOUTS, bmad_tree, read
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 from textures import save, spoiled
 
-from dinofast import Detector, cli, models, protocol, published, scoreboard
+from dinofast import Detector, cli, models, protocol, published, scoreboard, trial
 from dinofast.backbone import Backbone
 from dinofast.data import Sample, bmad
+from dinofast.data.packaged import PackagedSet
 from dinofast.errors import BadFilesError, InputError
 from dinofast.metrics import RegionOverlap
 from dinofast.models.iterative import IterativeModel
@@ -226,6 +228,24 @@ def test_a_model_of_epochs_chooses_by_normal_validation_images(brain: Path, lite
     torch.testing.assert_close(detector.model.state()["mean"][1], mean, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="validation and checkpoint are for models trained over epochs"):
         protocol.run(Detector(lite0), found, checkpoint=brain / "never", regions=False)
+
+
+class Sleeper(Chooser):
+    """Takes its time to train."""
+
+    def _train(self, *args: Any) -> dict[str, torch.Tensor]:
+        time.sleep(1)
+        return super()._train(*args)
+
+
+def test_the_time_of_validation_images_counts_for_the_fit(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    report = protocol.run(Detector(lite0, Sleeper()), found, regions=False)
+    assert report.fit_seconds["model"] * len(found.train) > 0.999
+    images = PackagedSet("set", "", "", "", found.train, found.valid, found.test)
+    trained = trial.run(Detector(lite0, Sleeper()), images)
+    assert trained.fit_model_seconds is not None
+    assert trained.fit_model_seconds > 0.999
 
 
 def test_counts_that_agree_are_said(lite0: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Features stored on disk, and training runs that go on where they were killed."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -99,18 +98,31 @@ def test_fingerprint_tells_images_and_not_batches():
     assert len(set(prints)) == 3
 
 
-def test_full_temporary_folder_is_named_with_the_remedy(monkeypatch):
-    class Full:
-        def write(self, block):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_full_temporary_folder_is_named_with_the_remedy():
+    """A file may not grow beyond 1000 bytes: the first write is a partial one, the next fails."""
+    code = (
+        "import resource, signal, torch\n"
+        "from dinofast.errors import InputError\n"
+        "from dinofast.models.feature_store import FeatureStore\n"
+        "from dinofast.types import Features\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    FeatureStore.of([Features(torch.ones(5, 3, 4, 6), None, (24, 32))])\n"
+        "except InputError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot hold the features of image 0 and on (File too large)" in done.stdout
+    assert "TMPDIR" in done.stdout
 
-        def seek(self, at): ...
 
-        def close(self): ...
-
-    monkeypatch.setattr("dinofast.models.feature_store.tempfile.TemporaryFile", Full)
-    with pytest.raises(InputError, match=r"No space left.*TMPDIR"):
-        FeatureStore.of([features()])
+def test_partial_writes_are_gone_on_with(monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, block, at: write(file, block[:7], at))
+    with FeatureStore.of([features()]) as store:
+        assert torch.equal(store.images(range(5)), features().tensor)
 
 
 def test_validation_of_another_d_is_refused():

@@ -38,7 +38,7 @@ class FeatureStore:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._starts = [0]
         self._digest = hashlib.blake2b(digest_size=16)
         self.device = torch.device("cpu")
@@ -100,9 +100,9 @@ class FeatureStore:
             self.device, self.n_channels = tensor.device, tensor.shape[3]
         block = memoryview(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data).cast("B")
         try:
-            self._file.seek(self._starts[-1] * self.n_channels * 4)
-            self._file.write(block)
-            self._file.flush()
+            offset, done = self._starts[-1] * self.n_channels * 4, 0
+            while done < block.nbytes:
+                done += os.pwrite(self._file.fileno(), block[done:], offset + done)
         except OSError as error:
             raise InputError(
                 f"{tempfile.gettempdir()}: cannot hold the features of image {len(self)} and on "

@@ -386,7 +386,7 @@ class Detector:
 
             def told(stage: str, done: int, _: int | None) -> None:
                 if progress is not None:
-                    progress(stage, start + done, total)
+                    progress(stage, start + done, max(total, start + len(run)))
 
             return self._embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
 

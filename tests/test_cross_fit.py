@@ -67,9 +67,10 @@ def test_a_run_too_short_for_a_model_of_its_own(lite0):
     threshold = detector.calibrate(images, cross_fit=3, fpr=0.2, progress=lambda *now: told.append(now))
     assert threshold.n_images == 6
     assert all(done <= total for _, done, total in told)
+    hungry = SupportKMeans(n_support=5, match_descriptor="mean_patch", foreground="none")
+    detector = Detector(lite0, hungry).fit(images)
     with pytest.raises(InputError, match="n_support=5 needs as many normal images, 4 are left"):
-        hungry = SupportKMeans(n_support=5, match_descriptor="mean_patch", foreground="none")
-        Detector(lite0, hungry).fit(images).calibrate(images, cross_fit=3, fpr=0.1)
+        detector.calibrate(images, cross_fit=3, fpr=0.1)
 
 
 def test_detector_calibrates_a_model_that_does_not_merge(lite0):

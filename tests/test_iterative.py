@@ -11,6 +11,7 @@ import torch
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models.feature_store import FeatureStore
 from dinofast.models.iterative import IterativeModel
+from dinofast.models.spatial_ar import SpatialAR
 from dinofast.types import Features, Scores
 
 
@@ -155,6 +156,33 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         Walk().fit([features()], checkpoint=tmp_path / "run")
 
 
-def test_unwritable_checkpoint_is_refused_before_the_work(tmp_path):
-    with pytest.raises(InputError, match="cannot be written"):
-        Walk().fit([features()], checkpoint=tmp_path)
+def test_a_checkpoint_that_cannot_serve_is_refused_before_the_work(tmp_path):
+    Walk(seed=1).fit([features()], checkpoint=tmp_path / "other")
+    (tmp_path / "torn").write_bytes(b"torn")
+    read = []
+
+    def stream():
+        read.append(1)
+        yield features()
+
+    for path, error, message in (
+        (tmp_path, InputError, "cannot be written"),
+        (tmp_path / "torn", ArtifactError, "torn"),
+        (tmp_path / "other", ArtifactError, r"another run \(params differ\)"),
+    ):
+        with pytest.raises(error, match=message):
+            Walk().fit(stream(), checkpoint=path)
+    assert not read
+
+
+def test_spatial_ar_refuses_a_grid_at_once():
+    read = []
+
+    def stream():
+        for h in (3, 2, 3):
+            read.append(h)
+            yield features(h=h)
+
+    with pytest.raises(InputError, match="the patch grid is 2 × 4, too small for a dilation of 2"):
+        SpatialAR(dilations=2, n_epochs=1).fit(stream())
+    assert read == [3, 2]

@@ -15,6 +15,7 @@ from dinofast.models import zero_shot_maps as maps
 from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore
 from dinofast.models.iterative import IterativeModel
+from dinofast.models.params import check_number, check_seed
 from dinofast.models.zero_shot_training import Recipe, Training, TruthStore, check_cls, check_grid
 from dinofast.text_vectors import TextVectors, check_class_name
 from dinofast.types import Features, Scores
@@ -111,11 +112,9 @@ class ZeroShot(IterativeModel):
         for name, value in (("n_taps", n_taps), ("n_epochs", n_epochs), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number, at least 1, got {value!r}")
-        if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
-            raise InputError(
-                "learning_rate must be above 0, weight_decay at least 0, "
-                f"got {learning_rate} and {weight_decay}"
-            )
+        check_number("above 0", lambda v: v > 0, learning_rate=learning_rate)
+        check_number("at least 0", lambda v: v >= 0, weight_decay=weight_decay)
+        check_seed(seed)
         if image_score not in IMAGE_SCORES:
             raise InputError(f"unknown image_score {image_score!r}; one of {', '.join(IMAGE_SCORES)}")
         if compat is not None and compat not in COMPAT:

@@ -703,3 +703,20 @@ def test_a_file_of_another_class_name_is_refused(text_file, tmp_path) -> None:
     artifact.write(tmp_path / "odd", "model", model.state(), config)
     with pytest.raises(ArtifactError, match=r"odd: a zero_shot .*for class 'heart'"):
         models.load(tmp_path / "odd")
+
+
+def test_fit_works_under_inference_mode(text_file: str) -> None:
+    expected = fitted(text_file).state()
+    with torch.inference_mode():
+        found = fitted(text_file).state()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_other_classes_share_what_was_computed(text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = fitted(text_file), []
+    plain = zero_shot_maps.text_matrix
+    monkeypatch.setattr(zero_shot_maps, "text_matrix", lambda *args: calls.append(1) or plain(*args))
+    other = next(name for name in model.classes if name != model.class_name)
+    for seed in range(3):
+        model.patch_scores(images(seed=seed, class_name=other))
+    assert len(calls) == 1

@@ -230,6 +230,7 @@ class ZeroShot(IterativeModel):
         """
         self._require(name, self.classes)
         model = type(self)(**self.params() | {"class_name": name})
+        self._known()
         model._state, model._matrices = self._state, self._matrices
         return model
 
@@ -298,14 +299,18 @@ class ZeroShot(IterativeModel):
 
     def _matrix(self) -> Tensor:
         """Give the adapted text matrix (E, 2) of the class, computed once for a state."""
-        if self._matrices[0] is not self._state:
-            self._matrices = (self._state, {})
-        known = self._matrices[1]
+        known = self._known()
         if self.class_name not in known:
             self._require(self.class_name, self.classes)
             pair, weights = self._state[_CLASS + self.class_name], self._state["text_adapter"]
             known[self.class_name] = maps.text_matrix(pair[None], weights, self.compat is not None)[0]
         return known[self.class_name]
+
+    def _known(self) -> dict[str, Tensor]:
+        """Give the matrices computed for the present state, by class; empty for a new state."""
+        if self._matrices[0] is not self._state:
+            self._matrices = (self._state, {})
+        return self._matrices[1]
 
     def _stored(self, features: Iterable[Features], n_channels: int | None = None) -> FeatureStore:
         return TruthStore.of(self._usable(features), n_channels)
@@ -333,8 +338,9 @@ class ZeroShot(IterativeModel):
         names = ("n_taps", "n_epochs", "batch_size", "learning_rate", "weight_decay", "seed")
         recipe = Recipe(interleaved=self.compat is not None, **{name: getattr(self, name) for name in names})
         pairs = torch.stack([vectors.vectors[name] for name in vectors.names]).to(train.device)
-        training = Training(recipe, train, pairs, vectors.names, self.class_name)
-        learned = training.run(validation, checkpoint, progress)
+        with torch.inference_mode(False):
+            training = Training(recipe, train, pairs.clone(), vectors.names, self.class_name)
+            learned = training.run(validation, checkpoint, progress)
         self.history = training.history
         return learned | {name: t.to(train.device) for name, t in _as_state(vectors).items()}
 

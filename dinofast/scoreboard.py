@@ -146,7 +146,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if (
         not isinstance(found, dict)
         or found.get("protocol") != "bmad"
-        or not {"images", "settings"} <= set(found)
+        or not {"images", "set", "settings"} <= set(found)
+        or not isinstance(found["settings"], dict)
+        or not set(_SETTINGS) <= set(found["settings"])
     ):
         raise InputError(f"{path}: is not a report of this protocol; give the JSON of another run")
     return found

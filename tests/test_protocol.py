@@ -469,7 +469,10 @@ def test_runs_that_cannot_be_compared(call: Callable[..., Result], brain: Path, 
     assert late.code == 1
     assert "2 images are in one run only, test/good/img/00009_60.png among them" in late.err
     assert json.loads(late.out) == json.loads((tmp_path / "b.json").read_text())
-    for text, message in (("{}", "is not a report of this protocol"), ("{", "is not JSON")):
+    unset = json.dumps({name: value for name, value in changed.items() if name != "set"})
+    loose = json.dumps(changed | {"settings": {}})
+    foreign = "is not a report of this protocol"
+    for text, message in (("{}", foreign), ("{", "is not JSON"), (unset, foreign), (loose, foreign)):
         out.write_text(text)
         assert message in call(brain, "memory_bank", *LITE, "--against", out).err
     assert "cannot be read (No such file" in call(brain, "memory_bank", *LITE, "--against", "absent.json").err

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinofast.errors import ArtifactError, InputError
-from dinofast.models.feature_store import FeatureStore
+from dinofast.models.feature_store import FeatureStore, _distinct
 from dinofast.models.iterative import IterativeModel
 from dinofast.models.spatial_ar import SpatialAR
 from dinofast.types import Features, Scores
@@ -186,3 +186,18 @@ def test_spatial_ar_refuses_a_grid_at_once():
     with pytest.raises(InputError, match="the patch grid is 2 × 4, too small for a dilation of 2"):
         SpatialAR(dilations=2, n_epochs=1).fit(stream())
     assert read == [3, 2]
+
+
+def test_few_numbers_of_many_take_the_memory_of_the_few():
+    drawn = _distinct(1000, 10**15, torch.Generator().manual_seed(0))
+    assert len(drawn.unique()) == 1000
+    assert 0 <= drawn.min() < drawn.max() < 10**15
+    assert torch.equal(drawn, drawn.sort().values)
+
+
+def test_every_number_is_as_likely():
+    draw, counts = torch.Generator().manual_seed(0), torch.zeros(9)
+    for _ in range(4000):
+        counts[_distinct(4, 9, draw)] += 1
+    assert counts.sum() == 16000
+    assert ((counts / 4000 - 4 / 9).abs() < 0.04).all()

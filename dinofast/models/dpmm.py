@@ -69,10 +69,11 @@ class DPMM(IterativeModel):
         update_rate: in (0, 1].
         weight_concentration: α at the start, at least 1.
         learn_concentration: whether α is learned.
-        init: "k-means++": means are drawn from all patches, each with a probability that grows with its
-            distance to those before, and weights are their shares. "first-rows", the published code's: the
-            first K patches of the first batch in random order, which lie in one image, and sticks drawn from
-            Beta(1, α). Both start from the variance of what they draw from, plus `reg_covar`.
+        init: "k-means++": means are drawn from a sample of 20 · K patches, all where there are fewer, each with
+            a probability that grows with its distance to those before, and weights are their shares.
+            "first-rows", the published code's: the first K patches of the first batch in random order, which
+            lie in one image, and sticks drawn from Beta(1, α). Both start from the variance of what they draw
+            from, plus `reg_covar`.
         n_epochs: times that every image is seen; may be fewer with `patience`.
         batch_size: images a step; the last batch of an epoch may have fewer.
         patience: epochs without a better validation before `fit` stops; None goes on to the end.

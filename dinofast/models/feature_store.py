@@ -132,7 +132,7 @@ class FeatureStore:
         Returns:
             (min(n, n_rows), D) float32 on `device`.
         """
-        drawn = torch.randperm(self.n_rows, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        drawn = _distinct(n, self.n_rows, torch.Generator().manual_seed(seed))
         found = torch.empty(len(drawn), self.n_channels)
         for row, start in zip(torch.split(found, 1), drawn.tolist(), strict=False):
             self._read(row, start)
@@ -169,3 +169,14 @@ class FeatureStore:
             if read == 0:
                 raise InputError(f"{tempfile.gettempdir()}: the stored features were cut short; fit again.")
             done += read
+
+
+def _distinct(n: int, total: int, generator: torch.Generator) -> Tensor:
+    """Draw `n` distinct numbers below `total`, or all, in order; memory grows with `n` alone."""
+    if 2 * n >= total:
+        return torch.randperm(total, generator=generator)[:n].sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < n:
+        more = torch.randint(total, (n - len(drawn),), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()
+    return drawn

@@ -69,7 +69,7 @@ class DPMM(IterativeModel):
         update_rate: in (0, 1].
         weight_concentration: α at the start, at least 1.
         learn_concentration: whether α is learned.
-        init: "k-means++": means are drawn from a sample of 20 · K patches, all where there are fewer, each with
+        init: "k-means++": means are drawn from a sample of 20 · K patches, or all of fewer, each with
             a probability that grows with its distance to those before, and weights are their shares.
             "first-rows", the published code's: the first K patches of the first batch in random order, which
             lie in one image, and sticks drawn from Beta(1, α). Both start from the variance of what they draw

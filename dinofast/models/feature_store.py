@@ -178,5 +178,5 @@ def _distinct(n: int, total: int, generator: torch.Generator) -> Tensor:
     drawn = torch.empty(0, dtype=torch.int64)
     while len(drawn) < n:
         more = torch.randint(total, (n - len(drawn),), generator=generator)
-        drawn = torch.cat([drawn, more]).unique()
+        drawn = torch.cat([drawn, more]).unique()  # type: ignore[no-untyped-call]
     return drawn

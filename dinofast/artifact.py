@@ -32,7 +32,8 @@ def write(
     """Write tensors and their configuration to one file, whole or not at all.
 
     The same arguments give the same bytes. Tensors are written from where they lie when they are contiguous
-    and on the CPU; others are copied there first.
+    and on the CPU; others are copied
+    first, as are those that share memory with one before.
 
     Args:
         path: file to make or replace.
@@ -63,7 +64,13 @@ def write(
             f"{path}: the configuration of this {kind} is not JSON ({error}); nothing was written. "
             "Use numbers, strings, booleans, None, lists and dictionaries with string keys."
         ) from error
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        ready[name] = plain.clone() if memory in memories else plain
+        memories.add(memory)
     with replacing(path) as temporary:
         try:
             save_file(ready, temporary, metadata={_KEY: text})

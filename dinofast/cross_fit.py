@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from dinofast.errors import InputError
 from dinofast.imaging import digest
 from dinofast.models.base import Model
 from dinofast.types import Features
+
+_LOG = logging.getLogger("dinofast")
 
 
 def check_seen(images: Sequence[Sample], seen: Container[bytes], *, wanted: bool) -> None:
@@ -69,7 +72,8 @@ def models_of_the_others(
 ) -> Iterator[tuple[list[Sample], Model]]:
     """Give each run with a model like `model` that was fitted on all the other runs.
 
-    Models that merge are fitted once a run and joined; others are fitted anew for every run.
+    Models that merge are fitted once a run and joined; others, and all where a run alone is too little for a
+    model, are fitted anew for every run.
 
     Args:
         model: its class and parameters are used, not what it has learned.
@@ -77,10 +81,15 @@ def models_of_the_others(
         features: reads and embeds images as `model` was fitted on them.
     """
     kind, params = type(model), model.params()
-    partial = [kind(**params).fit(features(run)) for run in runs] if model.merges else []
+    partial: list[Model] = []
+    if model.merges:
+        try:
+            partial = [kind(**params).fit(features(run)) for run in runs]
+        except InputError as error:
+            _LOG.info("fitting anew for every run, one alone does not do: %s", error)
     for i, run in enumerate(runs):
         others = kind(**params)
-        if model.merges:
+        if partial:
             first, *rest = (part for j, part in enumerate(partial) if j != i)
             others.load_state(first.state())
             for part in rest:

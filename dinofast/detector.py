@@ -96,6 +96,11 @@ class Detector:
         return self._embedder.per_image()
 
     @property
+    def total_seconds(self) -> dict[str, float]:
+        """Seconds of the last run by stage; of a fit, those of its validation images too."""
+        return self._embedder.total()
+
+    @property
     def seen(self) -> frozenset[bytes]:
         """Digests of the images learned, see `dinofast.imaging.digest`."""
         return self._seen
@@ -381,7 +386,7 @@ class Detector:
 
             def told(stage: str, done: int, _: int | None) -> None:
                 if progress is not None:
-                    progress(stage, start + done, total)
+                    progress(stage, start + done, max(total, start + len(run)))
 
             return self._embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
 

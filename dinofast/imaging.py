@@ -64,8 +64,9 @@ def decode(path: str | os.PathLike[str]) -> RGB:
 def decode_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     """Read a mask file: a pixel belongs to the mask when any of its values, as stored, is not 0.
 
-    No value is too small, 1 of 65535 counts as 255 does. Of a palette image the index counts, not its color;
-    alpha does not count. Pillow itself reads 16-bit color with its high byte only.
+    No value is too small, 1 of 65535 counts as 255 does. Of a palette image the color counts, not its index:
+    what is black belongs to no mask. Alpha does not count. Pillow itself reads 16-bit color with its high
+    byte only.
 
     Args:
         path: the file, of any form that `decode` reads.
@@ -79,7 +80,7 @@ def decode_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     with _opened(path) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
-        values = np.asarray(upright if upright.mode in (*_WIDE, "1", "L", "P") else upright.convert("RGB"))
+        values = np.asarray(upright if upright.mode in (*_WIDE, "1", "L") else upright.convert("RGB"))
         found: npt.NDArray[np.bool_] = (values != 0).reshape(*values.shape[:2], -1).any(axis=-1)
         return found
 

@@ -120,7 +120,7 @@ def run(
         detector.fit(
             learned, validation=held_back, checkpoint=checkpoint, batch_size=batch_size, progress=progress
         )
-        fit_seconds = detector.seconds
+        fit_seconds = {stage: spent / detector.n_images for stage, spent in detector.total_seconds.items()}
         if on_fit is not None:
             on_fit()
     scorer = _Scorer(detector, map_size, batch_size, progress)
@@ -192,12 +192,11 @@ class _Census:
 
 @dataclass(frozen=True)
 class _Scored:
-    """One image's score, map (H, W) at the size asked for, and patch scores (h, w)."""
+    """One image's score and map (H, W) at the size asked for."""
 
     sample: Sample
     score: float
     map: NDArray[np.float32]
-    patches: NDArray[np.float32]
 
 
 class _Scorer:
@@ -207,14 +206,18 @@ class _Scorer:
         self, detector: Detector, map_size: str, batch_size: int | None, progress: Progress | None
     ) -> None:
         self.model, self.seed, self.size = detector.model, detector.seed, MAP_SIZES[map_size]
-        self.embedder = Embedder(detector.backbone)
+        self.embedder = Embedder(detector.backbone, intensity=detector.model.wants_intensity)
         self._batch_size, self._progress = batch_size, progress
 
     def thresholds(self, normal: Sequence[Sample], source: str) -> list[Threshold]:
         """Give the upper quantiles of normal images at each published rate."""
         calibrator = PixelCalibrator(published.DICE_RATES[0], seed=self.seed)
-        for found in self._scored(normal, "valid"):
-            calibrator.update(found.patches if source == "patch" else found.map, found.sample.source)
+        if source == "patch":
+            for sample, grid in self._patches(normal, "valid"):
+                calibrator.update(grid, sample.source)
+        else:
+            for found in self._scored(normal, "valid"):
+                calibrator.update(found.map, found.sample.source)
         return [calibrator.threshold(fpr=fpr) for fpr in published.DICE_RATES]
 
     def figures(
@@ -250,9 +253,15 @@ class _Scorer:
                 scores = self.model.score(replace(features, image_size=self.size or features.image_size))
                 values, maps = scores.score.tolist(), scores.map.cpu().numpy()
                 self.embedder.timed("model", start)
-                patches = self.model.patch_scores(features).cpu().numpy()
-                for value, map, grid in zip(values, maps, patches, strict=True):
-                    yield _Scored(next(waiting), value, map, grid)
+                for value, map in zip(values, maps, strict=True):
+                    yield _Scored(next(waiting), value, map)
+
+    def _patches(self, images: Sequence[Sample], stage: str) -> Iterator[tuple[Sample, NDArray[np.float32]]]:
+        """Give every image with its patch scores (h, w)."""
+        waiting = iter(images)
+        for batch in self.embedder.batches(images, stage, self._batch_size, self._progress):
+            for grid in self.model.patch_scores(batch.features).cpu().numpy():
+                yield next(waiting), grid
 
 
 def _row(found: _Scored, truth: Mask, root: Path) -> ImageRow:

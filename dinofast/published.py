@@ -89,10 +89,10 @@ _TABLE: dict[Source, dict[tuple[str, str | None], tuple[_Figures, _Figures, _Fig
         ("DPMM", "dpmm"): ((96.21, 43.43), (95.46, 9.02), (90.20, 41.66)),
         ("AnomalyDINO, full bank", "memory_bank"): ((97.71, 58.69), (97.24, 17.91), (94.04, 50.45)),
         ("AnomalyDINO, 1 shot, mean of 25", "memory_bank"): ((94.61, 31.21), (94.60, 5.98), (89.52, 36.98)),
-        ("PatchCore R18, 10 %", "memory_bank"): ((98.34, 67.37), (96.67, 5.66), (97.08, 70.47)),
-        ("PatchCore WRN50, 10 %", "memory_bank"): (None, (96.63, 5.99), (97.55, 72.62)),
-        ("PatchCore WRN50, 1024 prototypes", "memory_bank"): ((95.38, 55.07), (45.70, 0.32), (93.28, 61.88)),
-        ("PatchCore WRN50, 150 prototypes", "memory_bank"): ((95.02, 42.68), (16.31, 0.23), (78.70, 25.98)),
+        ("PatchCore R18, 10 %", "patchcore"): ((98.34, 67.37), (96.67, 5.66), (97.08, 70.47)),
+        ("PatchCore WRN50, 10 %", "patchcore"): (None, (96.63, 5.99), (97.55, 72.62)),
+        ("PatchCore WRN50, 1024 prototypes", "patchcore"): ((95.38, 55.07), (45.70, 0.32), (93.28, 61.88)),
+        ("PatchCore WRN50, 150 prototypes", "patchcore"): ((95.02, 42.68), (16.31, 0.23), (78.70, 25.98)),
     },
     SPATIAL_AR: {
         ("AR, standard convolutions", "spatial_ar"): (
@@ -110,7 +110,7 @@ _TABLE: dict[Source, dict[tuple[str, str | None], tuple[_Figures, _Figures, _Fig
             (97.85, 52.98, 0.05, 1.25), (95.54, 4.71, 1.73, 1.80), (96.84, 64.77, 0.23, 3.33)),
         ("STFPM", None): (
             (96.84, 43.86, 0.58, 5.28), (96.30, 5.44, 0.15, 0.29), (95.11, 54.10, 0.31, 1.02)),
-        ("PatchCore", "memory_bank"): (None, (96.63, 6.00, 0.00, 0.01), (97.57, 72.77, 0.01, 0.06)),
+        ("PatchCore", "patchcore"): (None, (96.63, 6.00, 0.00, 0.01), (97.57, 72.77, 0.01, 0.06)),
         ("CFA", None): ((97.33, 54.67, 0.09, 0.69), (97.14, 7.13, 0.13, 0.41), (93.11, 30.84, 0.02, 0.09)),
         ("CFLOW", None): (
             (94.93, 34.99, 0.71, 6.26), (92.88, 3.46, 2.17, 0.70), (94.68, 52.23, 0.05, 1.19)),

@@ -77,7 +77,7 @@ class Report:
         image_wise: mean AUROC and AUPR of single images, over those that have both kinds of pixels.
         published: see `dinofast.published.compared`.
         seconds: seconds per test image by stage.
-        fit_seconds: likewise per train image; empty for a detector that came fitted.
+        fit_seconds: those of the fit, its validation too, per train image; empty where it came fitted.
         images: one row a test image, in order.
     """
 
@@ -146,7 +146,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if (
         not isinstance(found, dict)
         or found.get("protocol") != "bmad"
-        or not {"images", "settings"} <= set(found)
+        or not {"images", "set", "settings"} <= set(found)
+        or not isinstance(found["settings"], dict)
+        or not set(_SETTINGS) <= set(found["settings"])
     ):
         raise InputError(f"{path}: is not a report of this protocol; give the JSON of another run")
     return found

@@ -72,6 +72,10 @@ class Embedder:
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._n_images = 0
 
+    def total(self) -> dict[str, float]:
+        """Give the seconds of each stage since `restart`."""
+        return dict(self._seconds)
+
     def per_image(self) -> dict[str, float]:
         """Give the seconds per image of each stage since `restart`."""
         return {stage: spent / max(1, self._n_images) for stage, spent in self._seconds.items()}

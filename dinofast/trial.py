@@ -103,7 +103,7 @@ def run(
             images.fit, validation=held_back, checkpoint=checkpoint, batch_size=batch_size, progress=progress
         )
         fit_seconds = time.perf_counter() - start
-        fit_model_seconds = detector.seconds["model"] * len(images.fit)
+        fit_model_seconds = detector.total_seconds["model"]
         if on_fit is not None:
             on_fit()
     found = evaluate(detector, images.test, region=images.region, batch_size=batch_size, progress=progress)

@@ -151,3 +151,13 @@ def test_parent_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"):
         artifact.write(tmp_path / "file" / "a", "model", TENSORS, CONFIG)
+
+
+def test_tensors_that_share_memory_come_back(tmp_path):
+    whole = torch.arange(6.0).reshape(2, 3)
+    shared = {"a": whole, "b": whole, "c": whole[0], "d": whole[1], "e": torch.ones(0), "f": torch.ones(0)}
+    artifact.write(tmp_path / "a", "model", shared, {})
+    found, _ = artifact.read(tmp_path / "a", kind="model")
+    assert found.keys() == shared.keys()
+    for name, tensor in shared.items():
+        assert torch.equal(found[name], tensor)

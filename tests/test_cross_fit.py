@@ -9,6 +9,7 @@ from dinofast.cross_fit import models_of_the_others, n_passes, runs_of_neighbors
 from dinofast.errors import InputError
 from dinofast.models.iterative import IterativeModel
 from dinofast.models.memory_bank import MemoryBank
+from dinofast.models.support_kmeans import SupportKMeans
 from dinofast.types import Scores
 
 IMAGES = data.samples([weave(i) for i in range(5)])
@@ -56,6 +57,20 @@ def test_each_run_is_left_out_of_its_model(lite0, kind):
         expected = kind().fit(features([s for j, run in enumerate(runs) if j != i for s in run]))
         [query] = features(IMAGES[:1])
         torch.testing.assert_close(model.score(query).score, expected.score(query).score)
+
+
+def test_a_run_too_short_for_a_model_of_its_own(lite0):
+    model = SupportKMeans(n_support=3, match_descriptor="mean_patch", foreground="none")
+    images = data.samples([weave(i) for i in range(6)])
+    told = []
+    detector = Detector(lite0, model).fit(images)
+    threshold = detector.calibrate(images, cross_fit=3, fpr=0.2, progress=lambda *now: told.append(now))
+    assert threshold.n_images == 6
+    assert all(done <= total for _, done, total in told)
+    hungry = SupportKMeans(n_support=5, match_descriptor="mean_patch", foreground="none")
+    detector = Detector(lite0, hungry).fit(images)
+    with pytest.raises(InputError, match="n_support=5 needs as many normal images, 4 are left"):
+        detector.calibrate(images, cross_fit=3, fpr=0.1)
 
 
 def test_detector_calibrates_a_model_that_does_not_merge(lite0):

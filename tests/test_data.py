@@ -255,7 +255,7 @@ WIDE_MASK = np.pad(np.ones((2, 3), np.uint16), ((2, 8), (3, 4)))
 
 def palette(index: npt.NDArray[np.uint8]) -> Image.Image:
     image = Image.fromarray(index, "P")
-    image.putpalette([9, 9, 9, 0, 0, 0])  # the background is not black, the mask is
+    image.putpalette([9, 9, 9, 0, 0, 0])  # index 0 is the mask, 1 is black
     return image
 
 
@@ -270,7 +270,7 @@ def with_alpha(values: npt.NDArray[np.uint8]) -> Image.Image:
     [
         Image.fromarray,
         lambda m: Image.fromarray(m.astype(bool)),
-        lambda m: palette(m.astype(np.uint8)),
+        lambda m: palette((1 - m).astype(np.uint8)),
         lambda m: with_alpha(m.astype(np.uint8)),
     ],
     ids=["16 bits", "1 bit", "palette", "one channel, alpha"],

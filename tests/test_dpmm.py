@@ -495,9 +495,11 @@ def test_run_killed_within_an_epoch_goes_on_to_the_same_numbers(tmp_path, valida
         ({"init": "random"}, "unknown init"),
         ({"scoring": "l1"}, "unknown scoring"),
         ({"compat": "code"}, "unknown compat"),
-        ({"update_rate": 0.0}, "update_rate must lie in"),
+        ({"update_rate": 0.0}, "update_rate must be a finite number, in"),
+        ({"update_rate": "a"}, "update_rate must be a finite number, in .* got 'a'"),
+        ({"seed": 2**63}, "seed must be"),
         ({"weight_concentration": 0.5}, "weight_concentration must be"),
-        ({"weight_threshold": 1.0}, "weight_threshold must lie"),
+        ({"weight_threshold": 1.0}, "weight_threshold must be"),
         ({"reg_covar": -1.0}, "reg_covar must be"),
         ({"eps": 0.0}, "eps must be"),
     ],
@@ -522,3 +524,10 @@ def test_state_of_another_kind_is_refused():
     ):
         with pytest.raises(ArtifactError, match=message):
             model.load_state(changed)
+
+
+def test_a_large_seed_shuffles_epochs():
+    batch = Features(torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0)), None, (8, 8))
+    large = DPMM(n_components=2, n_epochs=2, seed=2**63 - 1).fit([batch])
+    assert large.n_iter_ == 2
+    assert DPMM(n_components=2, n_epochs=2, seed=2**44).fit([batch]).n_iter_ == 2

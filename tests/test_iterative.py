@@ -1,6 +1,5 @@
 """Features stored on disk, and training runs that go on where they were killed."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -10,8 +9,9 @@ import pytest
 import torch
 
 from dinofast.errors import ArtifactError, InputError
-from dinofast.models.feature_store import FeatureStore
+from dinofast.models.feature_store import FeatureStore, _distinct
 from dinofast.models.iterative import IterativeModel
+from dinofast.models.spatial_ar import SpatialAR
 from dinofast.types import Features, Scores
 
 
@@ -99,18 +99,31 @@ def test_fingerprint_tells_images_and_not_batches():
     assert len(set(prints)) == 3
 
 
-def test_full_temporary_folder_is_named_with_the_remedy(monkeypatch):
-    class Full:
-        def write(self, block):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_full_temporary_folder_is_named_with_the_remedy():
+    """A file may not grow beyond 1000 bytes: the first write is a partial one, the next fails."""
+    code = (
+        "import resource, signal, torch\n"
+        "from dinofast.errors import InputError\n"
+        "from dinofast.models.feature_store import FeatureStore\n"
+        "from dinofast.types import Features\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    FeatureStore.of([Features(torch.ones(5, 3, 4, 6), None, (24, 32))])\n"
+        "except InputError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot hold the features of image 0 and on (File too large)" in done.stdout
+    assert "TMPDIR" in done.stdout
 
-        def seek(self, at): ...
 
-        def close(self): ...
-
-    monkeypatch.setattr("dinofast.models.feature_store.tempfile.TemporaryFile", Full)
-    with pytest.raises(InputError, match=r"No space left.*TMPDIR"):
-        FeatureStore.of([features()])
+def test_partial_writes_are_gone_on_with(monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, block, at: write(file, block[:7], at))
+    with FeatureStore.of([features()]) as store:
+        assert torch.equal(store.images(range(5)), features().tensor)
 
 
 def test_validation_of_another_d_is_refused():
@@ -143,6 +156,48 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         Walk().fit([features()], checkpoint=tmp_path / "run")
 
 
-def test_unwritable_checkpoint_is_refused_before_the_work(tmp_path):
-    with pytest.raises(InputError, match="cannot be written"):
-        Walk().fit([features()], checkpoint=tmp_path)
+def test_a_checkpoint_that_cannot_serve_is_refused_before_the_work(tmp_path):
+    Walk(seed=1).fit([features()], checkpoint=tmp_path / "other")
+    (tmp_path / "torn").write_bytes(b"torn")
+    read = []
+
+    def stream():
+        read.append(1)
+        yield features()
+
+    for path, error, message in (
+        (tmp_path, InputError, "cannot be written"),
+        (tmp_path / "torn", ArtifactError, "torn"),
+        (tmp_path / "other", ArtifactError, r"another run \(params differ\)"),
+    ):
+        with pytest.raises(error, match=message):
+            Walk().fit(stream(), checkpoint=path)
+    assert not read
+
+
+def test_spatial_ar_refuses_a_grid_at_once():
+    read = []
+
+    def stream():
+        for h in (3, 2, 3):
+            read.append(h)
+            yield features(h=h)
+
+    with pytest.raises(InputError, match="the patch grid is 2 × 4, too small for a dilation of 2"):
+        SpatialAR(dilations=2, n_epochs=1).fit(stream())
+    assert read == [3, 2]
+
+
+def test_few_numbers_of_many_take_the_memory_of_the_few():
+    drawn = _distinct(1000, 10**15, torch.Generator().manual_seed(0))
+    assert len(drawn.unique()) == 1000
+    assert 0 <= drawn.min() < drawn.max() < 10**15
+    assert torch.equal(drawn, drawn.sort().values)
+
+
+def test_every_number_is_as_likely():
+    draw, counts = torch.Generator().manual_seed(0), torch.zeros(9)
+    for _ in range(4000):
+        counts[_distinct(4, 9, draw)] += 1
+    assert counts.sum() == 16000
+    assert ((counts / 4000 - 4 / 9).abs() < 0.04).all()

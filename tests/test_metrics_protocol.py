@@ -54,10 +54,12 @@ def test_a_score_at_the_threshold_is_normal():
 
 
 def test_dice_that_cannot_be():
-    with pytest.raises(InputError, match="at least one number"):
+    with pytest.raises(InputError, match="at least one"):
         PooledDice([])
-    with pytest.raises(InputError, match="no NaN"):
+    with pytest.raises(InputError, match="all finite"):
         PooledDice([float("nan")])
+    with pytest.raises(InputError, match="all finite"):
+        PooledDice([float("inf")])
     dice = PooledDice([0.5])
     with pytest.raises(InputError, match="no normal pixel"):
         dice.false_positive_rates()
@@ -206,7 +208,8 @@ def test_p_value_of_equal_and_of_far_methods():
         (([1, 2], [1]), {}, "2 and 1 values"),
         (([1, np.nan], [1, 2]), {}, "1 of 2 pairs hold NaN"),
         (([1], [2]), {"alternative": "both"}, "'both'; one of two-sided"),
-        (([1], [2]), {"n_permutations": 0}, "give at least 1"),
+        (([1], [2]), {"n_permutations": 0}, "at least 1"),
+        (([1], [2]), {"n_permutations": 2.5}, "n_permutations is 2.5; give a whole number"),
     ],
 )
 def test_pairs_that_cannot_be_tested(args, options, message):

@@ -372,3 +372,9 @@ def test_class_load_refuses_another_model(tmp_path):
     models.create("memory_bank").fit([normal()]).save(tmp_path / "a")
     with pytest.raises(ArtifactError, match=r"a: holds a memory_bank, not a other"):
         Other.load(tmp_path / "a")
+
+
+def test_features_beyond_float32_are_refused():
+    batch = Features(torch.full((1, 2, 2, 3), 1e39, dtype=torch.float64), None, (8, 8))
+    with pytest.raises(InputError, match="4 of 4 patches hold NaN or infinite features"):
+        models.create("memory_bank").fit([batch])

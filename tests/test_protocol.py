@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from bmad_trees import LAYOUTS, bmad_tree, read
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 from textures import save, spoiled
 
-from dinofast import Detector, cli, models, protocol, published, scoreboard
+from dinofast import Detector, cli, models, protocol, published, scoreboard, trial
 from dinofast.backbone import Backbone
 from dinofast.data import Sample, bmad
+from dinofast.data.packaged import PackagedSet
 from dinofast.errors import BadFilesError, InputError
 from dinofast.metrics import RegionOverlap
 from dinofast.models.iterative import IterativeModel
@@ -121,6 +123,24 @@ def test_thresholds_from_patch_scores(brain: Path, lite0: Backbone) -> None:
     assert by_patch.fit_seconds == {}
 
 
+@pytest.mark.parametrize(("source", "n_maps", "n_patches"), [("pixel", 8, 0), ("patch", 5, 3)])
+def test_every_image_is_scored_once(
+    brain: Path, lite0: Backbone, monkeypatch: pytest.MonkeyPatch, source: str, n_maps: int, n_patches: int
+) -> None:
+    detector = Detector(lite0).fit(bmad.load(brain).train)
+    model, counts = type(detector.model), {"score": 0, "patch_scores": 0}
+    plain = {name: getattr(model, name) for name in counts}
+    for name in counts:
+
+        def counted(self: Any, features: Any, name: str = name) -> Any:
+            counts[name] += len(features)
+            return plain[name](self, features)
+
+        monkeypatch.setattr(model, name, counted)
+    protocol.run(detector, bmad.load(brain), threshold_from=source, regions=False)
+    assert counts == {"score": n_maps, "patch_scores": n_patches}
+
+
 def test_masks_at_240_are_nearest_pixels(brain: Path, lite0: Backbone) -> None:
     found = protocol.run(Detector(lite0), bmad.load(brain), map_size="240", regions=False)
     near = (np.arange(240) + 0.5) * 60 // 240
@@ -209,6 +229,24 @@ def test_a_model_of_epochs_chooses_by_normal_validation_images(brain: Path, lite
     torch.testing.assert_close(detector.model.state()["mean"][1], mean, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="validation and checkpoint are for models trained over epochs"):
         protocol.run(Detector(lite0), found, checkpoint=brain / "never", regions=False)
+
+
+class Sleeper(Chooser):
+    """Takes its time to train."""
+
+    def _train(self, *args: Any) -> dict[str, torch.Tensor]:
+        time.sleep(1)
+        return super()._train(*args)
+
+
+def test_the_time_of_validation_images_counts_for_the_fit(brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    report = protocol.run(Detector(lite0, Sleeper()), found, regions=False)
+    assert report.fit_seconds["model"] * len(found.train) > 0.999
+    images = PackagedSet("set", "", "", "", found.train, found.valid, found.test)
+    trained = trial.run(Detector(lite0, Sleeper()), images)
+    assert trained.fit_model_seconds is not None
+    assert trained.fit_model_seconds > 0.999
 
 
 def test_counts_that_agree_are_said(lite0: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +376,8 @@ def test_differences_are_measured_minus_published(report: Report) -> None:
     assert len(rows) == 18
     assert [row["same_model"] for row in rows] == sorted((row["same_model"] for row in rows), reverse=True)
     assert {row["model"] for row in rows if row["same_model"]} == {"memory_bank"}
+    assert {row["method"].split()[0] for row in rows if row["same_model"]} == {"AnomalyDINO,", "AnomalyDINO"}
+    assert {row["model"] for row in rows if row["method"].startswith("PatchCore")} == {"patchcore"}
     by_key = {(row["source"]["key"], row["method"]): row for row in rows}
     dpmm, ar = by_key["DPMM", "DPMM"], by_key["AR", "AR, dilated convolutions"]
     assert dpmm["auroc_difference"] == pytest.approx(100 * report.pixel.auroc - 96.21)
@@ -429,7 +469,10 @@ def test_runs_that_cannot_be_compared(call: Callable[..., Result], brain: Path, 
     assert late.code == 1
     assert "2 images are in one run only, test/good/img/00009_60.png among them" in late.err
     assert json.loads(late.out) == json.loads((tmp_path / "b.json").read_text())
-    for text, message in (("{}", "is not a report of this protocol"), ("{", "is not JSON")):
+    unset = json.dumps({name: value for name, value in changed.items() if name != "set"})
+    loose = json.dumps(changed | {"settings": {}})
+    foreign = "is not a report of this protocol"
+    for text, message in (("{}", foreign), ("{", "is not JSON"), (unset, foreign), (loose, foreign)):
         out.write_text(text)
         assert message in call(brain, "memory_bank", *LITE, "--against", out).err
     assert "cannot be read (No such file" in call(brain, "memory_bank", *LITE, "--against", "absent.json").err
@@ -466,8 +509,24 @@ def test_what_the_command_refuses(
     assert "Traceback" not in found.err
 
 
-def test_every_model_can_be_asked_for(brain: Path, lite0: Backbone) -> None:
-    assert "memory_bank" in models.names()
-    found = protocol.run(Detector(lite0, "memory_bank"), bmad.load(brain), train=bmad.load(brain).train[:1])
-    assert found.n_train == 1
-    assert scoreboard.tables(found)[0].rows[0][0] == "this run"
+SMALL: dict[str, dict[str, Any]] = {
+    "dpmm": {"n_components": 2},
+    "memory_bank": {},
+    "patchcore": {},
+    "spatial_ar": {"hidden": 4, "n_layers": 2, "dilations": 1, "n_epochs": 1},
+    "support_kmeans": {"match_descriptor": "mean_patch"},
+}
+
+
+def test_every_model_is_asked_for() -> None:
+    """The zero-shot model compares patches with sentences, which only a backbone with text has."""
+    assert [*SMALL, "zero_shot"] == models.names()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_model_can_be_asked_for(name: str, brain: Path, lite0: Backbone) -> None:
+    found = bmad.load(brain)
+    detector = Detector(lite0, models.create(name, **SMALL[name]))
+    report = protocol.run(detector, found, train=found.train[:2], regions=False)
+    assert report.n_train == 2
+    assert scoreboard.tables(report)[0].rows[0][0] == "this run"

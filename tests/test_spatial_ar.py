@@ -537,7 +537,7 @@ WRONG = {
     "bare": (lambda: published()["model_state_dict"], "has no model_state_dict"),
     "a list": (lambda: [1], "has no model_state_dict"),
     "empty": (lambda: {"model_state_dict": {}}, "is empty"),
-    "code": (lambda: {"model_state_dict": {}, "more": Harmful()}, "not a checkpoint of tensors alone"),
+    "code": (lambda: {"model_state_dict": {}, "more": Harmful()}, "not a torch file of plain tensors"),
     "no bias": (lambda: without("net.4.bias"), "net.4 has mask, weight, but a layer has weight and bias"),
     "no layer": (lambda: changed("head.weight", lambda _: torch.ones(1)), "holds 'head.weight'"),
     "kernel": (

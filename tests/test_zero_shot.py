@@ -579,8 +579,10 @@ BAD_PARAMS = [
     ({"n_taps": 0}, "n_taps must be a whole number, at least 1, got 0"),
     ({"n_epochs": 1.5}, "n_epochs must be"),
     ({"batch_size": -1}, "batch_size must be"),
-    ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-    ({"weight_decay": math.inf}, "weight_decay at least 0, got 1e-05 and inf"),
+    ({"learning_rate": 0.0}, "learning_rate must be a finite number, above 0"),
+    ({"learning_rate": "x"}, "learning_rate must be a finite number, above 0, got 'x'"),
+    ({"seed": -1}, "seed must be a whole number"),
+    ({"weight_decay": math.inf}, "weight_decay must be a finite number, at least 0, got inf"),
     ({"image_score": "sum"}, "unknown image_score 'sum'; one of global, max, mean"),
     ({"compat": "paper"}, "unknown compat 'paper'; None or one of ad-dinov3"),
     ({"text": Path("text")}, "text must be the path"),
@@ -701,3 +703,20 @@ def test_a_file_of_another_class_name_is_refused(text_file, tmp_path) -> None:
     artifact.write(tmp_path / "odd", "model", model.state(), config)
     with pytest.raises(ArtifactError, match=r"odd: a zero_shot .*for class 'heart'"):
         models.load(tmp_path / "odd")
+
+
+def test_fit_works_under_inference_mode(text_file: str) -> None:
+    expected = fitted(text_file).state()
+    with torch.inference_mode():
+        found = fitted(text_file).state()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_other_classes_share_what_was_computed(text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = fitted(text_file), []
+    plain = zero_shot_maps.text_matrix
+    monkeypatch.setattr(zero_shot_maps, "text_matrix", lambda *args: calls.append(1) or plain(*args))
+    other = next(name for name in model.classes if name != model.class_name)
+    for seed in range(3):
+        model.patch_scores(images(seed=seed, class_name=other))
+    assert len(calls) == 1

@@ -21,7 +21,7 @@ class PooledDice:
         thresholds: T finite numbers, in any order; compared as float32.
 
     Raises:
-        InputError: no threshold, or one that is NaN.
+        InputError: no threshold, or one that is not finite as float32.
 
     >>> dice = PooledDice([0.3])
     >>> dice.update([0.1, 0.4, 0.35, 0.2], [0, 0, 1, 1])
@@ -31,8 +31,8 @@ class PooledDice:
 
     def __init__(self, thresholds: Sequence[float]) -> None:
         self._thresholds = np.asarray(thresholds, np.float32).reshape(-1)
-        if not self._thresholds.size or np.isnan(self._thresholds).any():
-            raise InputError(f"thresholds {list(thresholds)}: give at least one number, and no NaN")
+        if not self._thresholds.size or not np.isfinite(self._thresholds).all():
+            raise InputError(f"thresholds {list(thresholds)}: give at least one, all finite as float32")
         self._true: NDArray[np.int64] = np.zeros(self._thresholds.size, np.int64)
         self._false: NDArray[np.int64] = np.zeros(self._thresholds.size, np.int64)
         self._positives = self._negatives = 0

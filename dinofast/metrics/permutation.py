@@ -59,8 +59,8 @@ def paired_permutation(
         The difference and its p-value. Equal methods give p = 1.
 
     Raises:
-        InputError: no pairs, lengths differ, NaN or infinite values, an unknown alternative, or fewer than
-            one permutation.
+        InputError: no pairs, lengths differ, NaN or infinite values, an unknown alternative, or no whole
+            number of permutations, at least 1.
 
     References:
         Phipson, Smyth. Permutation P-values should never be zero. SAGMB 9(1), 2010.
@@ -76,8 +76,8 @@ def paired_permutation(
         raise InputError(f"{bad} of {a.size} pairs hold NaN or infinity; leave these images out of both")
     if alternative not in ALTERNATIVES:
         raise InputError(f"alternative {alternative!r}; one of {', '.join(ALTERNATIVES)}")
-    if n_permutations < 1:
-        raise InputError(f"n_permutations is {n_permutations}; give at least 1")
+    if not isinstance(n_permutations, int | np.integer) or n_permutations < 1:
+        raise InputError(f"n_permutations is {n_permutations!r}; give a whole number, at least 1")
     observed = float(difference.mean())
     slack = 1e-12 * float(np.abs(difference).mean())
     rng, extreme, left = np.random.default_rng(seed), 0, n_permutations

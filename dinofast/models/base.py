@@ -287,7 +287,7 @@ def check_features(features: Features) -> None:
     """Hold one batch to what every model needs.
 
     Raises:
-        InputError: not Features, not (B, h, w, D) floating point, an empty grid, NaN or infinite values.
+        InputError: not Features, not (B, h, w, D) floating point, an empty grid, NaN or infinite as float32.
     """
     if not isinstance(features, Features):
         raise InputError(f"expected dinofast.Features, got {type(features).__name__}")
@@ -300,7 +300,7 @@ def check_features(features: Features) -> None:
         raise InputError(f"features (B, h, w, D) = {tuple(tensor.shape)} hold no patches or no channels")
     if min(features.image_size) < 1:
         raise InputError(f"image_size must be (H, W), each at least 1, got {features.image_size}")
-    finite = tensor.isfinite()
+    finite = (tensor.float() if tensor.dtype == torch.float64 else tensor).isfinite()
     if not bool(finite.all()):
         bad = int((~finite.all(dim=3)).sum())
         raise InputError(

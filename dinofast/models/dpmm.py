@@ -28,7 +28,7 @@ from dinofast.models.mixture_scores import (
     most_likely,
     score_rows,
 )
-from dinofast.models.params import check_choice, check_whole
+from dinofast.models.params import check_choice, check_number, check_seed, check_whole
 from dinofast.models.tokens import prepared_tokens
 from dinofast.ops import upsample_blur
 from dinofast.types import Features, Scores
@@ -69,10 +69,11 @@ class DPMM(IterativeModel):
         update_rate: in (0, 1].
         weight_concentration: α at the start, at least 1.
         learn_concentration: whether α is learned.
-        init: "k-means++": means are drawn from all patches, each with a probability that grows with its
-            distance to those before, and weights are their shares. "first-rows", the published code's: the
-            first K patches of the first batch in random order, which lie in one image, and sticks drawn from
-            Beta(1, α). Both start from the variance of what they draw from, plus `reg_covar`.
+        init: "k-means++": means are drawn from a sample of 20 · K patches, or all of fewer, each with
+            a probability that grows with its distance to those before, and weights are their shares.
+            "first-rows", the published code's: the first K patches of the first batch in random order, which
+            lie in one image, and sticks drawn from Beta(1, α). Both start from the variance of what they draw
+            from, plus `reg_covar`.
         n_epochs: times that every image is seen; may be fewer with `patience`.
         batch_size: images a step; the last batch of an epoch may have fewer.
         patience: epochs without a better validation before `fit` stops; None goes on to the end.
@@ -141,13 +142,9 @@ class DPMM(IterativeModel):
         check_choice(COMPATS, compat=compat)
         check_whole(1, n_components=n_components, n_epochs=n_epochs, batch_size=batch_size)
         check_whole(1, or_none=True, patience=patience, resample=resample)
-        check_whole(0, seed=seed)
-        if not 1 <= weight_concentration < math.inf:
-            raise InputError(
-                f"weight_concentration must be finite and at least 1, got {weight_concentration}"
-            )
-        if not 0 <= weight_threshold < 1:
-            raise InputError(f"weight_threshold must lie in [0, 1), got {weight_threshold}")
+        check_seed(seed)
+        check_number("at least 1", lambda v: v >= 1, weight_concentration=weight_concentration)
+        check_number("in [0, 1)", lambda v: 0 <= v < 1, weight_threshold=weight_threshold)
         self.n_components = n_components
         self.covariance_type = covariance_type
         self.schedule = schedule
@@ -384,7 +381,7 @@ class DPMM(IterativeModel):
 
     def _shuffle(self, epoch: int) -> int:
         """Give the seed of an epoch's order."""
-        return (self.seed << 20) + epoch + 1
+        return ((self.seed << 20) + epoch + 1) % 2**63
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         check_tensors(state, self.n_components, full=self.covariance_type == "full")

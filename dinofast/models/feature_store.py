@@ -38,7 +38,7 @@ class FeatureStore:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._starts = [0]
         self._digest = hashlib.blake2b(digest_size=16)
         self.device = torch.device("cpu")
@@ -100,9 +100,9 @@ class FeatureStore:
             self.device, self.n_channels = tensor.device, tensor.shape[3]
         block = memoryview(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data).cast("B")
         try:
-            self._file.seek(self._starts[-1] * self.n_channels * 4)
-            self._file.write(block)
-            self._file.flush()
+            offset, done = self._starts[-1] * self.n_channels * 4, 0
+            while done < block.nbytes:
+                done += os.pwrite(self._file.fileno(), block[done:], offset + done)
         except OSError as error:
             raise InputError(
                 f"{tempfile.gettempdir()}: cannot hold the features of image {len(self)} and on "
@@ -132,7 +132,7 @@ class FeatureStore:
         Returns:
             (min(n, n_rows), D) float32 on `device`.
         """
-        drawn = torch.randperm(self.n_rows, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        drawn = _distinct(n, self.n_rows, torch.Generator().manual_seed(seed))
         found = torch.empty(len(drawn), self.n_channels)
         for row, start in zip(torch.split(found, 1), drawn.tolist(), strict=False):
             self._read(row, start)
@@ -169,3 +169,14 @@ class FeatureStore:
             if read == 0:
                 raise InputError(f"{tempfile.gettempdir()}: the stored features were cut short; fit again.")
             done += read
+
+
+def _distinct(n: int, total: int, generator: torch.Generator) -> Tensor:
+    """Draw `n` distinct numbers below `total`, or all, in order; memory grows with `n` alone."""
+    if 2 * n >= total:
+        return torch.randperm(total, generator=generator)[:n].sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < n:
+        more = torch.randint(total, (n - len(drawn),), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()  # type: ignore[no-untyped-call]
+    return drawn

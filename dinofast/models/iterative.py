@@ -30,7 +30,12 @@ class Checkpoint:
 
     Args:
         path: file, or None.
-        run: what tells this run from any other, as JSON: parameters and fingerprints of the features.
+        run: what tells this run from any other, as JSON, as far as it is known before the features are read;
+            `tell` adds the rest.
+
+    Raises:
+        InputError: the file cannot be written or read.
+        ArtifactError: the file is torn, or of another run.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, run: Mapping[str, Any]) -> None:
@@ -38,6 +43,11 @@ class Checkpoint:
         self._run = dict(run)
         if self._path is not None:
             check_writable(self._path)
+            self._read(whole=False)
+
+    def tell(self, **more: str | None) -> None:
+        """Add to what tells this run from any other, such as fingerprints of the features."""
+        self._run |= more
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read the tensors and the position last saved; None when the run has not begun.
@@ -45,12 +55,16 @@ class Checkpoint:
         Raises:
             ArtifactError: the file is torn, or of another run.
         """
+        return self._read(whole=True)
+
+    def _read(self, *, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the file and compare its run with all of this one, or with what is known so far."""
         if self._path is None or not self._path.exists():
             return None
         tensors, config = artifact.read(self._path, kind="checkpoint")
-        if config.get("run") != self._run:
-            found = config.get("run") or {}
-            names = [n for n in sorted({*found, *self._run}) if found.get(n) != self._run.get(n)]
+        found = config.get("run") or {}
+        compared = {*found, *self._run} if whole else self._run
+        if names := [n for n in sorted(compared) if found.get(n) != self._run.get(n)]:
             raise ArtifactError(
                 f"{self._path}: is the checkpoint of another run ({', '.join(names)} differ); "
                 "delete it, or name another file."
@@ -112,18 +126,17 @@ class IterativeModel(Model):
         checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Tensor]:
+        kept = Checkpoint(checkpoint, self.config())
         with contextlib.ExitStack() as stack:
             train = stack.enter_context(self._stored(features))
             held_back = None
             if validation is not None:
                 held_back = stack.enter_context(self._stored(validation, train.n_channels))
-            run = {
-                **self.config(),
-                "features": train.fingerprint,
-                "validation": None if held_back is None else held_back.fingerprint,
-            }
+            kept.tell(
+                features=train.fingerprint, validation=None if held_back is None else held_back.fingerprint
+            )
             report = progress or (lambda _stage, _done, _total: None)
-            return self._train(train, held_back, Checkpoint(checkpoint, run), report)
+            return self._train(train, held_back, kept, report)
 
     def _stored(self, features: Iterable[Features], n_channels: int | None = None) -> FeatureStore:
         """Store what `_train` needs of a stream, read once."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinofast.errors import ArtifactError, InputError
+from dinofast.models.params import check_number
 from dinofast.ops import dpm_stats
 from dinofast.ops.dpm_stats import factorize, quadratic
 from dinofast.ops.rows import BLOCK, result_dtype, row_blocks
@@ -109,12 +110,10 @@ class Rule:
     def __post_init__(self) -> None:
         if self.schedule not in (*SCHEDULES, None):
             raise InputError(f"unknown schedule {self.schedule!r}; one of {', '.join(SCHEDULES)}, or None")
-        if self.update_rate is not None and not 0 < self.update_rate <= 1:
-            raise InputError(f"update_rate must lie in (0, 1], got {self.update_rate}")
-        if not 0 < self.eps < math.inf:
-            raise InputError(f"eps must be finite and above 0, got {self.eps}")
-        if not 0 <= self.reg_covar < math.inf:
-            raise InputError(f"reg_covar must be finite and at least 0, got {self.reg_covar}")
+        if self.update_rate is not None:
+            check_number("in (0, 1]", lambda v: 0 < v <= 1, update_rate=self.update_rate)
+        check_number("above 0", lambda v: v > 0, eps=self.eps)
+        check_number("at least 0", lambda v: v >= 0, reg_covar=self.reg_covar)
 
     def step_size(self, iteration: int) -> float:
         """Give γ of step `iteration`, counted from 1."""

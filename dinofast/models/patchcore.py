@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d
 
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models.coreset import PROJECTIONS, STARTS, k_center
+from dinofast.models.params import check_number, check_seed
 from dinofast.models.row_store import RowStore
 from dinofast.models.searched import SearchedModel
 from dinofast.ops import knn_topk, upsample_blur
@@ -122,12 +123,11 @@ class PatchCore(SearchedModel):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_seed(seed)
         if not isinstance(neighborhood, int) or neighborhood < 1 or neighborhood % 2 == 0:
             raise InputError(f"neighborhood must be odd and at least 1, got {neighborhood!r}")
-        if not 0 < coreset_ratio <= 1:
-            raise InputError(f"coreset_ratio must be in (0, 1], got {coreset_ratio}")
-        if not 0 <= sigma < math.inf:
-            raise InputError(f"sigma must be finite and at least 0, got {sigma}")
+        check_number("in (0, 1]", lambda v: 0 < v <= 1, coreset_ratio=coreset_ratio)
+        check_number("at least 0", lambda v: v >= 0, sigma=sigma)
         for count, value, least in (
             ("n_neighbors", n_neighbors, 1),
             ("n_reweight", n_reweight, 1),

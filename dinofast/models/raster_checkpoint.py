@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinofast.errors import ArtifactError, InputError
+from dinofast.errors import ArtifactError
+from dinofast.models import foreign
 from dinofast.models.raster_net import TAPS, Offset
 
 STATE_KEY = "model_state_dict"
@@ -35,7 +33,7 @@ def read(path: str | os.PathLike[str]) -> Published:
     Masks are multiplied in and masked taps left out. A layer without a mask has all nine taps.
 
     Raises:
-        InputError: no such file.
+        InputError: no such file, or it may not be read.
         ArtifactError: torn, not such a checkpoint, or of a network that `RasterNet` does not know.
     """
     path = Path(path)
@@ -93,15 +91,7 @@ def _layer(
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Read the named tensors of a checkpoint file."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a checkpoint of the published code.")
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, OSError, EOFError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(
-            f"{path}: torn, or not a checkpoint of tensors alone ({why}); fetch or save it again."
-        ) from error
+    found = foreign.load(path)
     state = found.get(STATE_KEY) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ArtifactError(

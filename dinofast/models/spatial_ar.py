@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models import raster_checkpoint
+from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore
 from dinofast.models.image_score import top_percent
 from dinofast.models.iterative import Checkpoint, IterativeModel
 from dinofast.models.raster_net import INITS, LOSSES, TAPS, RasterNet
 from dinofast.models.raster_training import Recipe, Run
 from dinofast.ops import upsample_blur
-from dinofast.types import Scores
+from dinofast.types import Features, Scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,12 +192,19 @@ class SpatialAR(IterativeModel):
         """D of the features that the model was fitted on."""
         return self.state()["forward.0.weight"].shape[1]
 
+    def _stored(self, features: Iterable[Features], n_channels: int | None = None) -> FeatureStore:
+        return FeatureStore.of(self._usable(features), n_channels)
+
+    def _usable(self, features: Iterable[Features]) -> Iterator[Features]:
+        """Pass on batches of grids that training can use, so that others are known before the work."""
+        for batch in checked_stream(features):
+            self._check_grid(*batch.tensor.shape[1:3])
+            yield batch
+
     def _train(
         self, train: FeatureStore, validation: FeatureStore | None, checkpoint: Checkpoint, progress: Progress
     ) -> dict[str, Tensor]:
         judges = validation if self.keep == "best" else None
-        for grid in sorted({*train.grids, *(judges.grids if judges else ())}):
-            self._check_grid(*grid)
         recipe = Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
         seeds = torch.randint(2**31, (2,), generator=torch.Generator().manual_seed(self.seed)).tolist()
         with torch.inference_mode(False), torch.enable_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from dinofast.models.base import Model
 from dinofast.models.foreground import RULES, foreground_by
 from dinofast.models.image_score import top_percent
 from dinofast.models.kmeans import check_arguments, kmeans
+from dinofast.models.params import check_number, check_seed
 from dinofast.ops import knn_topk, upsample_blur
 from dinofast.ops.rows import normalize_rows
 from dinofast.ops.upsample_blur import MODES
@@ -121,13 +121,12 @@ class SupportKMeans(Model):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_seed(seed)
         check_arguments(n_clusters, init, n_init, n_iter, tol, distance)
         if not isinstance(n_support, int) or n_support < 1:
             raise InputError(f"n_support must be a whole number, at least 1, got {n_support!r}")
-        if not 0 <= intensity_threshold < 1:
-            raise InputError(f"intensity_threshold must be in [0, 1), got {intensity_threshold}")
-        if not 0 <= sigma < math.inf:
-            raise InputError(f"sigma must be finite and at least 0, got {sigma}")
+        check_number("in [0, 1)", lambda v: 0 <= v < 1, intensity_threshold=intensity_threshold)
+        check_number("at least 0", lambda v: v >= 0, sigma=sigma)
         for option, value, known in (
             ("compat", compat, tuple(COMPAT)),
             ("match_descriptor", match_descriptor, MATCH_DESCRIPTORS),
@@ -292,9 +291,7 @@ class SupportKMeans(Model):
             and state["similarity_range"].shape == (j, 2)
             and all(state[n].dtype == torch.float32 for n in names - {"n_centroids"})
         )
-        if not fits or (
-            counts.device.type != "meta" and not 1 <= counts.min() <= counts.max() <= self.n_clusters
-        ):
+        if not fits or not 1 <= counts.min() <= counts.max() <= self.n_clusters:
             shapes = {n: f"{state[n].dtype} {tuple(state[n].shape)}" for n in sorted(names)}
             raise ArtifactError(
                 f"a {self.name} with n_clusters={self.n_clusters} and n_support={self.n_support} must hold "

@@ -15,6 +15,7 @@ from dinofast.models import zero_shot_maps as maps
 from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore
 from dinofast.models.iterative import IterativeModel
+from dinofast.models.params import check_number, check_seed
 from dinofast.models.zero_shot_training import Recipe, Training, TruthStore, check_cls, check_grid
 from dinofast.text_vectors import TextVectors, check_class_name
 from dinofast.types import Features, Scores
@@ -111,11 +112,9 @@ class ZeroShot(IterativeModel):
         for name, value in (("n_taps", n_taps), ("n_epochs", n_epochs), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number, at least 1, got {value!r}")
-        if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
-            raise InputError(
-                "learning_rate must be above 0, weight_decay at least 0, "
-                f"got {learning_rate} and {weight_decay}"
-            )
+        check_number("above 0", lambda v: v > 0, learning_rate=learning_rate)
+        check_number("at least 0", lambda v: v >= 0, weight_decay=weight_decay)
+        check_seed(seed)
         if image_score not in IMAGE_SCORES:
             raise InputError(f"unknown image_score {image_score!r}; one of {', '.join(IMAGE_SCORES)}")
         if compat is not None and compat not in COMPAT:
@@ -231,6 +230,7 @@ class ZeroShot(IterativeModel):
         """
         self._require(name, self.classes)
         model = type(self)(**self.params() | {"class_name": name})
+        self._known()
         model._state, model._matrices = self._state, self._matrices
         return model
 
@@ -299,14 +299,18 @@ class ZeroShot(IterativeModel):
 
     def _matrix(self) -> Tensor:
         """Give the adapted text matrix (E, 2) of the class, computed once for a state."""
-        if self._matrices[0] is not self._state:
-            self._matrices = (self._state, {})
-        known = self._matrices[1]
+        known = self._known()
         if self.class_name not in known:
             self._require(self.class_name, self.classes)
             pair, weights = self._state[_CLASS + self.class_name], self._state["text_adapter"]
             known[self.class_name] = maps.text_matrix(pair[None], weights, self.compat is not None)[0]
         return known[self.class_name]
+
+    def _known(self) -> dict[str, Tensor]:
+        """Give the matrices computed for the present state, by class; empty for a new state."""
+        if self._matrices[0] is not self._state:
+            self._matrices = (self._state, {})
+        return self._matrices[1]
 
     def _stored(self, features: Iterable[Features], n_channels: int | None = None) -> FeatureStore:
         return TruthStore.of(self._usable(features), n_channels)
@@ -334,8 +338,9 @@ class ZeroShot(IterativeModel):
         names = ("n_taps", "n_epochs", "batch_size", "learning_rate", "weight_decay", "seed")
         recipe = Recipe(interleaved=self.compat is not None, **{name: getattr(self, name) for name in names})
         pairs = torch.stack([vectors.vectors[name] for name in vectors.names]).to(train.device)
-        training = Training(recipe, train, pairs, vectors.names, self.class_name)
-        learned = training.run(validation, checkpoint, progress)
+        with torch.inference_mode(False):
+            training = Training(recipe, train, pairs.clone(), vectors.names, self.class_name)
+            learned = training.run(validation, checkpoint, progress)
         self.history = training.history
         return learned | {name: t.to(train.device) for name, t in _as_state(vectors).items()}
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinofast.errors import ArtifactError, InputError
+from dinofast.errors import ArtifactError
+from dinofast.models import foreign
 
 PARTS = {
     "patch_token_adapter": "patch_adapter",
@@ -42,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ArtifactError: torn; not three such state dicts; tensors missing, unknown, of shapes that do not
             belong together, not floating or not finite.
     """
-    found = _loaded(Path(path))
+    found = foreign.load(Path(path))
     if not isinstance(found, Mapping) or set(found) != set(PARTS):
         names = ", ".join(sorted(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
         raise ArtifactError(
@@ -62,29 +61,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"taps of width {width} it must be {(2, width, width)}."
         )
     return state
-
-
-def _loaded(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the .pth file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise InputError(f"{path}: may not be read; check its permissions") from error
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        OSError,
-        EOFError,
-        LookupError,
-    ) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(
-            f"{path}: torn, or not a torch file of plain tensors ({first}); fetch it again and compare its "
-            "size with the source."
-        ) from error
 
 
 def _stacked(path: str | os.PathLike[str], part: str, tensors: Any) -> Tensor:

@@ -346,7 +346,11 @@ def _check_prepared(rows: Tensor, metric: str) -> None:
         norm = block.double().norm(dim=1)
         wrong = ((norm != 0) & ((norm - 1).abs() > UNIT)).nonzero()
         if len(wrong):
-            raise InputError(f"Bank: row {start + int(wrong[0])} has norm {norm[wrong[0]].item():.6g}, not 1")
+            off = f"{norm[wrong[0]].item() - 1:+.2g} off 1, more than {UNIT}"
+            raise InputError(
+                f"Bank: the norm of row {start + int(wrong[0])} is {off}; "
+                "divide rows by float64 norms, or let Bank copy them"
+            )
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -1,5 +1,7 @@
 """Peak extra memory of a contender's first call, in a process of its own.
 
+What a `Bank` holds beside its rows counts as extra, although it is prepared before the call.
+
 `python -m bench.memory cosine_max image_1024x150 dinofast` prints bytes, or -1 where it cannot be told.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 from bench.dpmm import step_calls
 from bench.peers import contenders
 from bench.shapes import SHAPES
+from dinofast.ops import Bank
 
 
 def peak_extra(op: str, shape: str, contender: str) -> int | None:
@@ -43,7 +46,13 @@ def _main(op: str, shape: str, contender: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = resident("VmRSS")
     call()
-    return resident("VmHWM") - before
+    return resident("VmHWM") - before + prepared_bytes(call)
+
+
+def prepared_bytes(call: object) -> int:
+    """Count what a `Bank` that the call searches holds beside its rows; it was prepared before the call."""
+    held = [x for x in getattr(call, "args", ()) if isinstance(x, Bank)]
+    return sum(bank.nbytes - bank.rows.nbytes for bank in held)
 
 
 if __name__ == "__main__":

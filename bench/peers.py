@@ -219,14 +219,17 @@ def _torch_products(
 def _sklearn_lloyd(rows: Tensor, centers: Tensor) -> Call:
     """Take one iteration of its Lloyd algorithm, without what its KMeans does before and after."""
     from sklearn.cluster import _k_means_lloyd
+    from threadpoolctl import ThreadpoolController
 
     x, n, k = rows.numpy(), *(len(t) for t in (rows, centers))
     before, ones, labels = centers.numpy(), np.ones(n, np.float32), np.full(n, -1, np.int32)
     after, count, shift = np.empty_like(before), np.empty(k, np.float32), np.empty(k, np.float32)
     step, threads = _k_means_lloyd.lloyd_iter_chunked_dense, torch.get_num_threads()
+    pools = ThreadpoolController()
 
     def call() -> Any:
-        step(x, ones, before, after, count, labels, shift, threads)
+        with pools.limit(limits=1, user_api="blas"):  # as its KMeans does: the step has threads of its own
+            step(x, ones, before, after, count, labels, shift, threads)
         return (labels,)
 
     return call

@@ -1,6 +1,9 @@
 """Bank: every strategy gives the same bits, the bounds hold, bad input is refused, files come back."""
 
+import copy
 import math
+import os
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +14,7 @@ from hypothesis import strategies as st
 
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
-from dinofast.ops import Bank, knn_topk, providers
-from dinofast.ops import bank as bank_module
+from dinofast.ops import Bank, knn_topk, mapped_rows, providers
 from dinofast.ops.bank import knn_bank
 from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
@@ -153,6 +155,26 @@ def test_approximate_reports_its_recall():
     assert all(Bank(torch.randn(50, 4), strategy=s).recall == 1 for s in EXACT)
 
 
+def test_an_approximate_bank_of_one_row():
+    """It has no other row to miss; it may grow, and shrink to one again."""
+    bank = Bank(torch.randn(1, 8), strategy="approximate")
+    assert bank.recall == 1
+    assert bank.strategy == "approximate"
+    assert bank.add(torch.randn(3, 8)).recall > 0
+    assert bank.remove(torch.arange(3)).recall == 1
+    assert knn_topk(torch.randn(2, 8), bank)[1].tolist() == [[0], [0]]
+
+
+def test_a_bank_that_cannot_be_prepared_anew_stays_as_it_was(monkeypatch):
+    bank = Bank(clustered(300, 8), strategy="approximate")
+    before, recall = bank.packed, bank.recall
+    monkeypatch.setattr(Bank, "_measure_recall", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bank.add(torch.randn(3, 8))
+    assert bank.packed is before
+    assert (len(bank), bank.recall) == (300, recall)
+
+
 def test_add_and_remove_equal_a_new_bank():
     rows, more, queries = torch.randn(600, 20), torch.randn(70, 20), torch.randn(9, 20)
     for strategy in EXACT:
@@ -191,7 +213,7 @@ def test_save_and_load_keep_every_number(tmp_path, strategy):
         ({"rows": torch.ones(2)}, {}, r"must be a floating-point matrix, got torch.float32 \(2,\)"),
         ({"rows": torch.ones(0, 2)}, {}, "no rows or no channels"),
         ({"rows": torch.tensor([[1, 0], [math.nan, 1]])}, {}, "row 1 holds NaN or inf"),
-        ({"rows": torch.tensor([[1.0, 0], [0, 0], [0, 2]])}, {}, "row 2 has norm 2, not 1"),
+        ({"rows": torch.tensor([[1.0, 0], [0, 0], [0, 2]])}, {}, r"norm of row 2 is \+1 off 1"),
         ({"rows": torch.eye(2), "row": torch.tensor([10**9])}, {}, r"holds \['row', 'rows'\]"),
         ({"x": torch.eye(2)}, {}, r"holds \['x'\]"),
         ({}, {"metric": "l2"}, "unknown metric 'l2'"),
@@ -293,7 +315,7 @@ def test_bad_searches_are_refused(call, message):
 @pytest.mark.parametrize("streamed", [1 << 24, 30 * 70, 1])
 def test_a_memory_mapped_bank_is_streamed(tmp_path, monkeypatch, streamed):
     """Whatever the blocks: rows come in few kinds, so that many are equally near."""
-    monkeypatch.setattr(bank_module, "STREAMED", streamed)
+    monkeypatch.setattr(mapped_rows, "STREAMED", streamed)
     rows = torch.randn(40, 30)[torch.randint(40, (5000 if streamed > 1 else 50,))]
     broken = len(rows) - 1
     np.save(tmp_path / "rows.npy", rows.numpy())
@@ -316,6 +338,64 @@ def test_a_memory_mapped_bank_is_streamed(tmp_path, monkeypatch, streamed):
     np.save(tmp_path / "rows.npy", rows.numpy())
     with pytest.raises(InputError, match=f"row {broken} holds NaN"):
         Bank(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+
+
+@pytest.fixture
+def mapped(tmp_path, monkeypatch):
+    """Rows in a file, searched 10 at a time."""
+    monkeypatch.setattr(mapped_rows, "STREAMED", 10 * 1024)
+    rows = torch.randn(64, 1024)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    return rows, tmp_path / "rows.npy"
+
+
+@pytest.mark.parametrize("view", [slice(None), slice(5, 60), slice(3, None, 4)])
+def test_a_mapped_file_that_is_cut_is_named(mapped, view):
+    rows, path = mapped
+    bank = Bank(np.load(path, mmap_mode="r")[view])
+    queries = torch.randn(2, 1024)
+    assert torch.equal(knn_topk(queries, bank)[1], knn_topk(queries, rows[view])[1])
+    last = range(64)[view][-1]
+    needed = 128 + (last + 1) * 4096
+    os.truncate(path, needed)
+    assert torch.equal(knn_topk(queries, bank)[1], knn_topk(queries, rows[view])[1])
+    os.truncate(path, 128 + 4096 * 20)
+    with pytest.raises(InputError, match=rf"rows.npy: was cut to 82048 bytes .* needs {needed}; write the"):
+        knn_topk(queries, bank)
+
+
+def test_a_mapped_file_may_be_replaced_or_removed(mapped, tmp_path):
+    rows, path = mapped
+    bank, queries = Bank(np.load(path, mmap_mode="r")), torch.randn(2, 1024)
+    want = knn_topk(queries, rows)[1]
+    (tmp_path / "other").write_bytes(b"short")
+    (tmp_path / "other").replace(path)
+    assert torch.equal(knn_topk(queries, bank)[1], want)
+    path.unlink()
+    assert torch.equal(knn_topk(queries, bank)[1], want)
+
+
+def test_what_a_mapped_bank_is_not_for(mapped):
+    _, path = mapped
+    with pytest.raises(InputError, match=r"rows in the order of the file, got strides \(-4096, 4\)"):
+        Bank(np.load(path, mmap_mode="r")[::-1])
+    bank = Bank(np.load(path, mmap_mode="r"))
+    for call in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(InputError, match=r"not copied or pickled; open its file .* mmap_mode='r'"):
+            call(bank)
+    with pytest.raises(RuntimeError, match=r"queries must be floating point, got torch.int64"):
+        knn_topk(torch.ones(2, 1024, dtype=torch.int64), bank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_mapped_bank_takes_the_queries_of_others(mapped, dtype, metric):
+    rows, path = mapped
+    queries = torch.randn(5, 1024).to(dtype)
+    got = knn_topk(queries, Bank(np.load(path, mmap_mode="r"), metric), 3, metric)
+    want = knn_topk(queries, Bank(rows, metric), 3, metric)
+    assert got[0].dtype == want[0].dtype
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +474,7 @@ def test_adopted_rows_are_not_copied_and_give_the_same_bits():
             knn_topk(queries, bank, 3, metric), knn_topk(queries, rows, 3, metric), strict=True
         ):
             assert torch.equal(got, want)
-    with pytest.raises(InputError, match=r"has norm .*, not 1"):
+    with pytest.raises(InputError, match=r"norm of row \d+ is .* off 1, more than 4.5e-07; divide rows by"):
         Bank(rows, adopt=True)
     with pytest.raises(InputError, match="must be contiguous float32"):
         Bank(unit.T, adopt=True)

@@ -121,3 +121,39 @@ def test_an_artificial_slowdown_stretches_ours_alone(bench, monkeypatch):
 
     timings = bench.measure.interleave({"dinofast": call, "peer": call}, {})
     assert timings["dinofast"].median == pytest.approx(3 * timings["peer"].median, rel=0.02)
+
+
+def test_extra_memory_of_a_bank_includes_its_prepared_forms(bench):
+    from functools import partial
+
+    import bench.memory
+    from dinofast.ops import Bank, knn_topk
+
+    rows, queries = torch.randn(500, 16), torch.randn(3, 16)
+    for strategy in ("float32", "lowp", "pruned"):
+        bank = Bank(rows, "cosine", strategy)
+        extra = bench.memory.prepared_bytes(partial(knn_topk, queries, bank, 1, "cosine"))
+        assert extra == sum(x.nbytes for x in bank.packed[1:])
+        assert (extra >= 500 * 16) == (len(bank.packed) > 1)
+    assert bench.memory.prepared_bytes(partial(knn_topk, queries, rows, 1, "cosine")) == 0
+    assert bench.memory.prepared_bytes(lambda: None) == 0
+
+
+def test_the_scikit_learn_step_runs_blas_in_one_thread(bench, monkeypatch):
+    """Its own loop runs in threads, each of which multiplies matrices."""
+    pytest.importorskip("sklearn")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    from sklearn.cluster import _k_means_lloyd
+
+    seen = []
+
+    def blas():
+        return [x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"]
+
+    monkeypatch.setattr(_k_means_lloyd, "lloyd_iter_chunked_dense", lambda *_: seen.append(blas()))
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        outside = blas()
+        bench.peers._sklearn_lloyd(torch.randn(50, 8), torch.randn(3, 8))()
+        assert blas() == outside
+    assert outside
+    assert set(seen[0]) == {1}

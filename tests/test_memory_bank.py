@@ -456,4 +456,4 @@ def test_a_prepared_bank_goes_with_its_rows(tmp_path):
     assert float(model.patch_scores(tokens).min()) > 0.1
     model.bank.mul_(3)  # not what a fit gives: searched as it is
     assert torch.isfinite(model.patch_scores(tokens)).all()
-    assert model._prepared is None or model._prepared[1] != model.bank._version
+    assert model._prepared is None or model._prepared[2] is None

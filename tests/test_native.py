@@ -1,6 +1,7 @@
 """The native modules are there unless the build was made without them, and setup.py says what it misses."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,8 @@ from dinofast.ops import MISSING
 from dinofast.ops.providers import build, shared
 from dinofast.ops.registry import OPS
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
 
 
 def can_run_setup():
@@ -106,3 +108,27 @@ def test_windows_gets_pure_python(tmp_path):
     assert (
         "DINOFAST_BUILD=cpu: not found: a system" in plan(tmp_path, "-c", script, DINOFAST_BUILD="cpu").stderr
     )
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="csrc/ is not beside the tests")
+def test_the_sanitized_build_has_every_call_of_the_openmp_runtime():
+    """Else ThreadSanitizer's build would take some calls from libgomp and some from csrc/sanitize."""
+    native = pytest.importorskip("dinofast._native", reason="built without native kernels")
+    called = set(re.findall(rb"\0((?:GOMP|omp)_[a-z]\w+)", Path(native.__file__).read_bytes()))
+    assert called or not native.OPENMP
+    source = (ROOT / "csrc/sanitize/openmp.cpp").read_text()
+    assert {name.decode() for name in called} <= set(re.findall(r"GOMP [\w ]+? \**(\w+)\(", source))
+
+
+@pytest.mark.skipif(not (ROOT / ".ci/sanitize").is_file(), reason=".ci/ is not beside the tests")
+def test_the_sanitizers_leave_out_only_tests_that_exist():
+    """By their whole names: a part of one would take others along."""
+    script = (ROOT / ".ci/sanitize").read_text()
+    [chosen] = re.findall(r"^tests=\((.*)\)$", script, re.MULTILINE)
+    assert {"screen", "kmeans", "bank", "ops"} <= set(chosen.split())
+    assert all((ROOT / f"tests/test_{name}.py").is_file() for name in chosen.split())
+    left_out = re.findall(r"^    (test_\w+\.py)::(\w+)$", script, re.MULTILINE)
+    assert len(left_out) == 3
+    for file, name in left_out:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
+    assert " -k " not in script

@@ -235,3 +235,32 @@ def test_rows_that_decide_all_columns_see_no_columns_behind_the_last(isa, k):
     torch.testing.assert_close(value.double(), cosine.amax(1), rtol=0, atol=1e-6)
     reached = cosine.gather(1, index[:, None])[:, 0]
     torch.testing.assert_close(reached, cosine.amax(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
+def test_columns_alike_in_all_but_small_channels_are_told_apart(call):
+    """Their products with most rows round to one number; equal ones among them count once."""
+    draw = torch.Generator().manual_seed(0)
+    columns = torch.zeros(900, 40)
+    columns[:, 0] = 2.0**20
+    columns[:, 1:] = torch.randn(900, 39, generator=draw).sign()
+    columns[600:] = columns[:300]
+    found = call(columns.clone(), columns)
+    index = found[1] if call is ops.cosine_max else found[0]
+    _, kind = torch.unique(columns, dim=0, return_inverse=True)
+    first = torch.full_like(kind, 900).scatter_reduce_(0, kind, torch.arange(900), "amin")
+    first = first[kind]
+    assert len(set(first.tolist())) == 600
+    if call is ops.kmeans_step:
+        assert torch.equal(index, first)
+    assert set(index.tolist()) <= set(first.tolist())
+
+
+def test_more_rows_than_native_row_numbers_hold_are_refused():
+    """No memory lies behind these rows, so nothing may read them."""
+    many, few = torch.zeros(1, 1).expand(1 << 31, 1), torch.zeros(3, 1)
+    [kernel] = [k for k in ops.OPS["kmeans_step"].kernels if k.backend == "cpu"]
+    assert kernel.refuse(few, few) is None
+    assert "wants float32, bfloat16 or float16" in kernel.refuse(few.double(), few.double())
+    assert "fewer than 2**31 rows, got 2147483648 and 3 centers" in kernel.refuse(many, few)
+    assert "fewer than 2**31 rows, got 3 and 2147483648 centers" in kernel.refuse(few, many)

@@ -7,7 +7,8 @@ import torch
 
 from dinofast import models
 from dinofast.errors import InputError
-from dinofast.models import searched
+from dinofast.models import memory_bank, searched
+from dinofast.models.memory_bank import MemoryBank
 from dinofast.models.patchcore import PatchCore
 from dinofast.ops import providers
 from dinofast.types import Features
@@ -60,6 +61,57 @@ def test_the_prepared_bank_follows_rows_and_metric(monkeypatch):
     assert (model.patch_scores(clustered(1, 5, seed=1)) > before.sqrt() + 0.1).any()
     model.fit([clustered(1, 12, seed=2)])
     assert model._prepared is None
+
+
+@needs_codes
+@pytest.mark.parametrize(
+    "model", [PatchCore(coreset_ratio=1.0), MemoryBank(), MemoryBank(metric="euclidean")]
+)
+def test_fit_and_score_under_inference_mode(model):
+    plain = copy.deepcopy(model).fit([clustered(4, 36)])
+    with torch.inference_mode():
+        model.fit([clustered(4, 36)])
+        assert model.bank.is_inference()
+        found = model.patch_scores(clustered(1, 5, seed=1))
+        kept = model._prepared
+        assert kept[2] is not None
+        model.patch_scores(clustered(1, 5, seed=1))
+        assert model._prepared is kept
+    assert torch.equal(found, plain.patch_scores(clustered(1, 5, seed=1)))
+
+
+@needs_codes
+@pytest.mark.parametrize("d", [768, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_banks_with_a_few_large_channels_are_prepared(d, dtype, caplog):
+    tensor = torch.randn(1, 64, 64, d, generator=torch.Generator().manual_seed(0))
+    tensor[..., [3, 99, 500]] *= 60
+    model = MemoryBank().fit([Features(tensor.to(dtype), None, (64, 64))])
+    norm = model.bank.double().norm(dim=1)
+    assert (norm - 1).abs().max() < 2e-7
+    query = Features(torch.randn(1, 2, 2, d), None, (8, 8))
+    model.patch_scores(query)
+    assert model._prepared[2] is not None
+    assert not caplog.records
+
+
+@needs_codes
+def test_rows_that_no_bank_takes_are_searched_and_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(searched, "FEW", 100)
+    monkeypatch.setattr(memory_bank, "FEW", 100)
+    model = MemoryBank().fit([clustered(1, 12)])
+    model.load_state({"bank": model.bank * 1.001})
+    want = model.patch_scores(clustered(1, 5, seed=1))
+    kept = model._prepared
+    assert torch.equal(model.patch_scores(clustered(1, 5, seed=1)), want)
+    assert model._prepared is kept
+    assert kept[2] is None
+    [record] = caplog.records
+    assert "memory_bank is searched without a prepared bank, slower: Bank: the norm of row 0 is +0.001" in (
+        record.getMessage()
+    )
+    model.load_state({"bank": model.bank / 1.001})
+    torch.testing.assert_close(model.patch_scores(clustered(1, 5, seed=1)), want)
 
 
 @pytest.mark.parametrize("name", [n for n in models.names() if models.create(n).merges])

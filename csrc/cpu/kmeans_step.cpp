@@ -14,8 +14,7 @@ namespace {
 constexpr int64_t SLICE = 64;  // channels that one thread adds up: whole cache lines
 
 // A stable counting sort of the rows that have a center: those of center c end at ends[c].
-void sort_by_center(const int64_t* index, int64_t count, std::vector<int64_t>& ends,
-                    std::vector<int32_t>& members) {
+void sort_by_center(const int64_t* index, int64_t count, std::vector<int64_t>& ends, int32_t* members) {
     std::fill(ends.begin(), ends.end(), 0);
     for (int64_t i = 0; i < count; ++i) {
         if (index[i] >= 0) ++ends[index[i]];
@@ -36,14 +35,14 @@ void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const
     const Array<float> buffers = allocate<float>(SLICE * threads);
     std::fill(total.get(), total.get() + k * d, 0.0);
     std::fill(counts, counts + k, 0);
-    std::vector<int32_t> members;  // of a part, center after center, in the order of the rows
+    const Array<int32_t> members =
+        allocate<int32_t>(rows.count);  // of a part, center after center, in the order of the rows
     std::vector<int64_t> ends(static_cast<size_t>(k));
 
     const auto add = [&](int64_t first, int64_t last) {
 #pragma omp single
         {
-            members.resize(static_cast<size_t>(last - first));
-            sort_by_center(index + first, last - first, ends, members);
+            sort_by_center(index + first, last - first, ends, members.get());
             for (int64_t c = 0; c < k; ++c) counts[c] += ends[c] - (c > 0 ? ends[c - 1] : 0);
         }
 #pragma omp for schedule(static)
@@ -54,7 +53,7 @@ void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const
             for (int64_t c = 0, at = 0; c < k; at = ends[c++]) {
                 double* const out = total.get() + c * d + begin;
                 if (rows.element == Element::float32) {
-                    tile.lines.add_rows(part.get(first, nullptr), rows.stride, members.data() + at,
+                    tile.lines.add_rows(part.get(first, nullptr), rows.stride, members.get() + at,
                                         ends[c] - at, width, out);
                     continue;
                 }

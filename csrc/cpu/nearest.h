@@ -61,6 +61,12 @@ class Nearest {
     void offer(float own, int64_t number, float& value, int64_t& index) const;
     const float* read(int64_t j) const;
     const float* column(int64_t c) const { return read(number_[c]); }
+    // Places of a hash table for so many columns: a power of two, at least half of them free.
+    static constexpr int64_t table_size(int64_t count) {
+        int64_t size = 4;
+        while (size < 2 * count) size *= 2;
+        return size;
+    }
     float limit_for(float value, float norm, float offset) const;
 
     static constexpr int64_t PANEL =
@@ -80,9 +86,11 @@ class Nearest {
     std::atomic<bool> broken_{false}, floats_{false};
     int64_t start_ = 0, read_ = 0, count_ = 0;  // the columns that are read, and the distinct ones of them
 
-    Array<float> zero_, center_, probe_;
+    Array<float> zero_, center_;
     float center_square_ = 0;
-    Array<float> units_, key_;          // of the columns that are read
+    Array<float> units_;                // of the columns that are read
+    Array<uint64_t> hash_;              // of their bits
+    Array<int32_t> held_;               // a table of them by hash
     Array<int32_t> number_;             // of the distinct columns among them, ascending
     Array<float> panels_, plain_bias_;  // of the distinct columns
     Array<float> column_scale_, bias_, column_rest_, column_norm_, own_;

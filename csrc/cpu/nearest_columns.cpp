@@ -13,9 +13,24 @@ namespace {
 
 constexpr int64_t SAMPLE = 16;  // columns whose mean is the center
 
+// Of the bits of floats that fill whole cache lines; four words at a time, each apart from the others.
+uint64_t hash(const float* x, int64_t count) {
+    constexpr uint64_t ODD = 0x9e3779b97f4a7c15u;
+    uint64_t state[4] = {1, 2, 3, 4};
+    const auto mix = [](uint64_t h, uint64_t word) { return ((h ^ word) << 29 | (h ^ word) >> 35) * ODD; };
+    for (int64_t k = 0; k < count; k += 8) {
+        uint64_t words[4];
+        std::memcpy(words, x + k, sizeof words);
+        for (int i = 0; i < 4; ++i) state[i] = mix(state[i], words[i]);
+    }
+    uint64_t all = 0;
+    for (const uint64_t h : state) all = mix(all, h);
+    return all ^ all >> 32;
+}
+
 }  // namespace
 
-// Any center is right; near the mean, what is quantized is short. The probe tells columns apart.
+// Any center is right; near the mean, what is quantized is short.
 void Nearest::find_center() {
     const int64_t count = std::min(columns_.count, SAMPLE);
     const Array<float> row = allocate<float>(2 * d_);
@@ -34,12 +49,6 @@ void Nearest::find_center() {
     for (int64_t k = 0; k < d_ && whole > 0; ++k) {
         center_[k] = static_cast<float>(sum[static_cast<size_t>(k)] / static_cast<double>(whole));
     }
-    uint32_t state = 1;
-    std::fill(probe_.get(), probe_.get() + padded_, 0.0f);
-    for (int64_t k = 0; k < d_; ++k) {
-        state = state * 1664525u + 1013904223u;
-        probe_[k] = static_cast<float>(state >> 8) * 0x1p-24f;
-    }
     center_square_ = static_cast<float>(tile_.lines.sq_distance(center_.get(), zero_.get(), d_));
 }
 
@@ -55,7 +64,7 @@ bool Nearest::read_column(int64_t j, Scratch& mine) {
         std::copy(y, y + d_, copy);
     }
     std::fill(copy + d_, copy + padded_, 0.0f);
-    key_[j] = lines.dot(copy, probe_.get(), d_);
+    hash_[j] = hash(copy, padded_);
     return true;
 }
 
@@ -65,24 +74,18 @@ const float* Nearest::read(int64_t j) const {
 
 // Number the columns that no earlier one of the block equals bit for bit.
 void Nearest::keep_distinct() {
-    size_t size = 4;
-    while (size < 2 * static_cast<size_t>(read_)) size *= 2;
-    std::vector<int32_t> held(size, -1);
-    const auto bits = [this](int64_t j) {
-        uint32_t key;
-        std::memcpy(&key, key_.get() + j, sizeof key);
-        return key;
-    };
+    const uint64_t mask = static_cast<uint64_t>(table_size(read_)) - 1;
+    std::fill(held_.get(), held_.get() + mask + 1, -1);
     count_ = 0;
     for (int64_t j = 0; j < read_; ++j) {
-        const uint32_t own = bits(j);
+        const uint64_t own = hash_[j];
         const auto differs = [&](int64_t other) {
-            return bits(other) != own || std::memcmp(read(other), read(j), static_cast<size_t>(d_) * 4) != 0;
+            return hash_[other] != own || std::memcmp(read(other), read(j), static_cast<size_t>(d_) * 4) != 0;
         };
-        size_t at = (own * 0x9e3779b97f4a7c15u >> 32) & (size - 1);
-        while (held[at] >= 0 && differs(held[at])) at = (at + 1) & (size - 1);
-        if (held[at] >= 0) continue;
-        held[at] = static_cast<int32_t>(j);
+        uint64_t at = own & mask;
+        while (held_[at] >= 0 && differs(held_[at])) at = (at + 1) & mask;
+        if (held_[at] >= 0) continue;
+        held_[at] = static_cast<int32_t>(j);
         number_[count_++] = static_cast<int32_t>(j);
     }
 }

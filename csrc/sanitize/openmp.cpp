@@ -47,7 +47,7 @@ thread_local Team* team = nullptr;
 thread_local unsigned number = 0;
 thread_local int constructs = 0;
 thread_local Loop loop;
-std::mutex critical, atomic;
+std::mutex critical, atomic, naming;
 
 void run(Team* mine, unsigned which, void (*body)(void*), void* data) {
     team = mine;
@@ -64,6 +64,13 @@ std::atomic<long>& next_construct() {
         std::abort();
     }
     return team->taken[constructs++];
+}
+
+// The mutex of a critical section with a name; the compiler gives each name one pointer, null at first.
+std::mutex& named(void** place) {
+    std::lock_guard<std::mutex> lock(naming);
+    if (*place == nullptr) *place = new std::mutex;
+    return *static_cast<std::mutex*>(*place);
 }
 
 bool take(std::atomic<long>& taken, long* start, long* end) {
@@ -97,6 +104,8 @@ GOMP void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsig
 GOMP void GOMP_barrier() { team->barrier(); }
 GOMP void GOMP_critical_start() { critical.lock(); }
 GOMP void GOMP_critical_end() { critical.unlock(); }
+GOMP void GOMP_critical_name_start(void** place) { named(place).lock(); }
+GOMP void GOMP_critical_name_end(void** place) { named(place).unlock(); }
 GOMP void GOMP_atomic_start() { atomic.lock(); }
 GOMP void GOMP_atomic_end() { atomic.unlock(); }
 GOMP bool GOMP_single_start() { return next_construct().fetch_add(1, std::memory_order_relaxed) == 0; }

@@ -200,6 +200,9 @@ class Model(ABC):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave; the tensors are not copied.
 
+        They are the model's from then on and must not be changed: what it prepared from them (a bank that
+        searches them faster) might not notice.
+
         Raises:
             ArtifactError: tensors missing, unknown, or of the wrong shape or dtype; the model is as it was.
         """

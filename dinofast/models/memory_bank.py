@@ -18,7 +18,7 @@ from dinofast.models.row_store import RowStore
 from dinofast.models.searched import SearchedModel
 from dinofast.ops import cosine_max, knn_topk, upsample_blur
 from dinofast.ops.bank import FEW
-from dinofast.ops.rows import normalize_rows
+from dinofast.ops.rows import accurate_unit_rows, normalize_rows
 from dinofast.types import Features, Scores
 
 METRICS = ("cosine", "euclidean")
@@ -175,7 +175,7 @@ class MemoryBank(SearchedModel):
             device = device or batch.tensor.device
             mask = self._mask(batch.tensor) if self._masks_references() else None
             kept = batch.tensor.flatten(0, 2) if mask is None else batch.tensor[mask]
-            store.append(normalize_rows(kept) if self.metric == "cosine" else kept)
+            store.append(accurate_unit_rows(kept) if self.metric == "cosine" else kept)
         if len(store) < self.n_neighbors:
             raise InputError(
                 f"the bank has {len(store)} rows, n_neighbors is {self.n_neighbors}; "

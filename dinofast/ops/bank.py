@@ -14,8 +14,9 @@ from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
 from dinofast.ops.bank_forms import group, pack
-from dinofast.ops.knn_topk import METRICS, knn_rows
+from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.mapped_rows import MappedRows
 from dinofast.ops.rows import BLOCK, normalize_rows
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ WORTHWHILE = {True: 0.8, False: 0.2}
 DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
 PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
-STREAMED = 1 << 24  # elements of a mapped file that are searched at a time
 UNIT = 4.5e-7  # how far from 1 a norm may be that the kernels take as it is; they take 2**-21
 PROBES = 8  # groups that an approximate search looks into
 
@@ -51,7 +51,8 @@ class Bank:
     Args:
         rows: (M, D), M >= 1, floating point, finite; copied and kept as float32. A `numpy.memmap` of float32
             is neither copied nor prepared: every search streams it from the file, by "float32"; it holds
-            64 MiB at a time of a map that is opened for reading only.
+            64 MiB at a time of a map that is opened for reading only. Its file must neither change nor
+            shrink, and such a bank is not pickled.
         metric: "cosine", "euclidean" or "sqeuclidean", as for `knn_topk`.
         strategy: one of "auto", "float32", "lowp", "pruned", "approximate".
         seed: of the k-means that groups rows.
@@ -94,12 +95,11 @@ class Bank:
                 _check_prepared(rows, metric)
             self._build(rows.detach() if adopt else _prepare(rows, metric), start)
             return
-        tensor = _map(rows)
-        self._let_go = _letting_go(rows)
+        self._mapped = MappedRows(rows)
         if strategy not in ("auto", "float32"):
             raise InputError(f"Bank: a memory-mapped bank is searched by 'float32', not {strategy!r}")
-        _check_finite(tensor, self._let_go)
-        self._use([tensor], "float32", "the rows are memory-mapped", start)
+        _check_finite(self._mapped.tensor, self._mapped.next_block)
+        self._use([self._mapped.tensor], "float32", "the rows are memory-mapped", start)
 
     def _configure(self, metric: str, strategy: str, seed: int) -> None:
         if metric not in METRICS:
@@ -109,6 +109,14 @@ class Bank:
         if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
             raise InputError(f"Bank: seed must be an integer of 64 bits, got {seed!r}")
         self.metric, self._wanted, self._seed = metric, strategy, seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.mapped:
+            raise InputError(
+                "Bank: a memory-mapped bank is not copied or pickled; open its file where it is needed: "
+                "Bank(numpy.load(path, mmap_mode='r'))"
+            )
+        return self.__dict__
 
     def __len__(self) -> int:
         return self.packed[0].shape[0]
@@ -233,12 +241,12 @@ class Bank:
             self._use(pack(rows, self.metric, None), "lowp", "", start)
             return
         packed = pack(rows, self.metric, group(rows, self._seed))
-        self._use(packed, "pruned" if wanted == "auto" else wanted, "", start)
         if wanted == "auto":
             self._choose(packed, start)
-        elif wanted == "approximate":
-            self.recall = self._measure_recall(packed)
-        self.build_seconds = time.perf_counter() - start
+            return
+        recall = self._measure_recall(packed) if wanted == "approximate" else 1.0
+        self._use(packed, wanted, "", start)
+        self.recall = recall
 
     def _choose(self, packed: list[Tensor], start: float) -> None:
         visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
@@ -256,6 +264,8 @@ class Bank:
 
     def _measure_recall(self, packed: list[Tensor]) -> float:
         queries = _held(packed[0])
+        if len(packed[0]) == 1:  # there is no other row to be found
+            return 1.0
         exact = knn_bank(queries, packed, 2, self.metric, 0)[0][:, 1]
         found = knn_bank(queries, packed, 2, self.metric, PROBES)[0][:, 1]
         return float((found <= exact).double().mean())
@@ -263,30 +273,14 @@ class Bank:
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Answer `knn_topk(queries, self, k)`."""
         if self.mapped:
+            found = self._mapped.search(queries, k, self.metric)
             self.visited_share = 1.0
-            return self._stream(queries.to(torch.float32), k)
+            return found
         probes = PROBES if self.strategy == "approximate" else 0
         distance, index, visited = knn_bank(queries, self.packed, k, self.metric, probes)
         if len(queries):
             self.visited_share = min(_share(visited, len(self)), 1.0)
         return distance, index
-
-    def _stream(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Search block after block of the mapped file, and let the pages of each go."""
-        found: tuple[Tensor, Tensor] | None = None
-        step = max(k, STREAMED // self.rows.shape[1])
-        for start in range(0, max(len(self) - k, 0) + 1, step):
-            last = start + step > len(self) - k
-            block = self.rows[start:] if last else self.rows[start : start + step]
-            distance, index = knn_rows(queries, block, k, self.metric)
-            index += start
-            if found:  # equal distances of earlier blocks stay first
-                distance, order = torch.cat([found[0], distance], 1).sort(dim=1, stable=True)
-                index = torch.cat([found[1], index], 1).gather(1, order)
-            found = distance[:, :k].contiguous(), index[:, :k].contiguous()
-            self._let_go()
-        assert found is not None
-        return found
 
 
 def knn_bank(
@@ -346,7 +340,11 @@ def _check_prepared(rows: Tensor, metric: str) -> None:
         norm = block.double().norm(dim=1)
         wrong = ((norm != 0) & ((norm - 1).abs() > UNIT)).nonzero()
         if len(wrong):
-            raise InputError(f"Bank: row {start + int(wrong[0])} has norm {norm[wrong[0]].item():.6g}, not 1")
+            off = f"{norm[wrong[0]].item() - 1:+.2g} off 1, more than {UNIT}"
+            raise InputError(
+                f"Bank: the norm of row {start + int(wrong[0])} is {off}; "
+                "divide rows by float64 norms, or let Bank copy them"
+            )
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -362,36 +360,6 @@ def _check_finite(rows: Tensor, between: Callable[[], None] = lambda: None) -> N
             broken = (~block.isfinite().all(dim=1)).nonzero()
             if len(broken):
                 raise InputError(f"Bank: row {start + int(broken[0])} holds NaN or inf; remove it")
-
-
-def _map(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Tensor:
-    import warnings
-
-    import numpy as np
-
-    if not isinstance(rows, np.memmap) or rows.ndim != 2 or rows.dtype != np.float32 or 0 in rows.shape:
-        what = f"{getattr(rows, 'dtype', '')} {getattr(rows, 'shape', '')}"
-        raise InputError(
-            f"Bank: rows must be a tensor or a float32 memory map (M, D), got {type(rows).__name__} {what}"
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
-        return torch.from_numpy(rows)
-
-
-def _letting_go(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Callable[[], None]:
-    """Give what takes the file's pages out of memory, where they can be read again."""
-    import mmap
-
-    import numpy as np
-
-    owner: Any = rows
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    pages = owner.base
-    if rows.mode != "r" or not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return lambda: None
-    return lambda: pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _held(rows: Tensor) -> Tensor:

@@ -70,6 +70,14 @@ def _refuse_first(x: Tensor, *_: object) -> str | None:
     return None if x.dtype in DTYPES else f"wants float32, bfloat16 or float16, got {x.dtype}"
 
 
+def _refuse_kmeans_step(rows: Tensor, centers: Tensor) -> str | None:
+    if rows.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {rows.dtype}"
+    if max(rows.shape[0], centers.shape[0]) >= 1 << 31:
+        return f"wants fewer than 2**31 rows, got {rows.shape[0]} and {centers.shape[0]} centers"
+    return None
+
+
 def _refuse_dpm_stats(x: Tensor, means: Tensor, *others: Tensor | str) -> str | None:
     if x.dtype not in DTYPES:
         return f"wants float32, bfloat16 or float16, got {x.dtype}"
@@ -269,7 +277,7 @@ else:
         )
         return index, sq_distance, sums, counts
 
-    provide("kmeans_step", Kernel("cpu", ("cpu",), _kmeans_step_cpu, _refuse_first))
+    provide("kmeans_step", Kernel("cpu", ("cpu",), _kmeans_step_cpu, _refuse_kmeans_step))
 
     @_naming_isa
     def dpm_stats_native(

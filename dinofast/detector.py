@@ -172,7 +172,8 @@ class Detector:
         if self.model.wants_cls and not self.backbone.has_cls:
             raise InputError(
                 f"{self.model!r} needs class tokens, and {self.backbone.id} has none; take a DINOv2 or "
-                "DINOv3 backbone, or parameters that do without."
+                "DINOv3 backbone, or parameters that do without, such as match_descriptor='mean_patch' of "
+                "support_kmeans and image_score='max' of zero_shot."
             )
         good = self.check(data.samples(images), skip_bad=skip_bad, progress=progress)
         held_back = [] if validation is None else self.check(data.samples(validation), progress=progress)

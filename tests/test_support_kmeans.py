@@ -415,7 +415,7 @@ def test_detector_end_to_end(lite0, tmp_path, params):
 
 
 def test_detector_without_class_tokens_says_what_to_choose(lite0):
-    with pytest.raises(InputError, match=r"EfficientNet has none.*match_descriptor='mean_patch'"):
+    with pytest.raises(InputError, match=r"efficientnet-lite0 has none.*match_descriptor=.mean_patch"):
         Detector(lite0, "support_kmeans").fit([weave(0)])
 
 

@@ -563,7 +563,7 @@ def test_a_file_that_is_no_checkpoint_at_all(tmp_path) -> None:
     with pytest.raises(ArtifactError, match="words: torn, or not a torch file"):
         ZeroShot.from_published(tmp_path / "words", text(24))
     for path, reason in ((tmp_path / "absent", "no such file"), (tmp_path, "is a folder")):
-        with pytest.raises(InputError, match=f"{reason}; give the .pth file"):
+        with pytest.raises(InputError, match=f"{reason}; give a checkpoint of the published code"):
             ZeroShot.from_published(path, text(24))
     torch.save(torch.zeros(3), tmp_path / "tensor")
     with pytest.raises(ArtifactError, match="this holds Tensor"):

@@ -405,6 +405,8 @@ def test_a_refused_batch_leaves_the_state():
 
 def test_the_example_agrees_with_the_equations(capsys):
     path = Path(__file__).parents[1] / "examples" / "anomalydino_dpmm.py"
+    if not path.is_file():
+        pytest.skip("examples/ is not beside the tests")
     found = runpy.run_path(str(path))["main"](rows=200, components=9, channels=8)
     assert max(found.values()) < 1e-5
     assert "largest difference" in capsys.readouterr().out

@@ -400,6 +400,8 @@ def test_without_scikit_learn_it_says_so():
 
 def test_the_example_agrees_with_scikit_learn(capsys):
     path = Path(__file__).parents[1] / "examples" / "sklearn_neighbors.py"
+    if not path.is_file():
+        pytest.skip("examples/ is not beside the tests")
     found = runpy.run_path(str(path))["main"](rows=500, queries=40, channels=16, repeats=1)
     assert set(found) == {"cosine", "euclidean", "k-means", "mixture"}
     assert max(found.values()) < 1e-4

@@ -102,7 +102,7 @@ def accurate_unit_rows(x: Tensor) -> Tensor:
         (N, D), float32; each norm within 2e-7 of 1, or 0.
     """
     out = x.new_empty(x.shape, dtype=torch.float32)
-    step = max(1, BLOCK // max(1, x.shape[1]))
+    step = max(1, (1 << 17) // max(1, x.shape[1]))  # 1 MiB in float64: larger ones would stay in the C heap
     for start in range(0, x.shape[0], step):
         out[start : start + step] = normalize_rows(x[start : start + step].double())
     return out

@@ -32,8 +32,8 @@ class Mean(IterativeModel):
 
     def _check_state(self, state): ...
 
-    def _patch_scores(self, tensor):
-        return (tensor - self.state()["mean"]).norm(dim=3)
+    def _patch_scores(self, features):
+        return (features.tensor - self.state()["mean"]).norm(dim=3)
 
     def _summarize(self, patches, image_size):
         return Scores(patches.amax((1, 2)), patches.new_zeros(len(patches), *image_size))

@@ -50,8 +50,8 @@ class Walk(IterativeModel):
 
     def _check_state(self, state): ...
 
-    def _patch_scores(self, tensor):
-        return tensor.sum(3)
+    def _patch_scores(self, features):
+        return features.tensor.sum(3)
 
     def _summarize(self, patches, image_size):
         return Scores(patches.amax((1, 2)), patches)

@@ -26,7 +26,7 @@ from dinofast.metrics import RegionOverlap
 from dinofast.models.iterative import IterativeModel
 from dinofast.scoreboard import Report
 from dinofast.stream import Embedder
-from dinofast.types import Scores
+from dinofast.types import Features, Scores
 
 LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
 
@@ -209,8 +209,8 @@ class Chooser(IterativeModel):
 
     def _check_state(self, state: Any) -> None: ...
 
-    def _patch_scores(self, tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor - self.state()["mean"][0]).norm(dim=3)
+    def _patch_scores(self, features: Features) -> torch.Tensor:
+        return (features.tensor - self.state()["mean"][0]).norm(dim=3)
 
     def _summarize(self, patches: torch.Tensor, image_size: tuple[int, int]) -> Scores:
         maps = torch.nn.functional.interpolate(patches[:, None], image_size, mode="bilinear")[:, 0]

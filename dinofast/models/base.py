@@ -1,7 +1,7 @@
 """What every model is: learns from normal features, stream-wise, then scores features; higher is abnormal.
 
 A subclass stores its constructor arguments unchanged under their own names and writes `_learn`,
-`_check_state`, `_patch_scores` (or `_batch_scores`), `_summarize` (or `_scores`), `n_channels` and, where it
+`_check_state`, `_patch_scores`, `_summarize` (or `_scores`), `n_channels` and, where it
 merges, `_merged`. What it learns is a dictionary of tensors, replaced as a whole and only when complete: a
 failed fit changes nothing.
 """
@@ -132,7 +132,7 @@ class Model(ABC):
         """
         self._check_queries(features)
         with torch.no_grad():
-            return self._batch_scores(features)
+            return self._patch_scores(features)
 
     def score(self, features: Features) -> Scores:
         """Score images and their pixels.
@@ -271,15 +271,11 @@ class Model(ABC):
 
     def _scores(self, features: Features) -> Scores:
         """Score checked images; a model whose image score takes more than patch scores replaces this."""
-        return self._summarize(self._batch_scores(features), features.image_size)
+        return self._summarize(self._patch_scores(features), features.image_size)
 
-    def _batch_scores(self, features: Features) -> Tensor:
-        """Score checked features; a model that looks at more than their tensor replaces this one."""
-        return self._patch_scores(features.tensor)
-
-    def _patch_scores(self, tensor: Tensor) -> Tensor:
-        """Score checked features (B, h, w, D); gives (B, h, w) float32."""
-        raise NotImplementedError
+    @abstractmethod
+    def _patch_scores(self, features: Features) -> Tensor:
+        """Score the patches of checked features; gives (B, h, w) float32."""
 
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
         """Turn patch scores (B, h, w) into image scores and maps."""

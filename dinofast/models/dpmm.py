@@ -355,9 +355,9 @@ class DPMM(IterativeModel):
     def _prepared(self, tensor: Tensor) -> Tensor:
         return prepared_tokens(tensor, normalize=self.normalize, resample=self.resample)
 
-    def _patch_scores(self, tensor: Tensor) -> Tensor:
+    def _patch_scores(self, features: Features) -> Tensor:
         rescaled = self.compat == "anomalydino-dpmm" and self.scoring in DISTANCES
-        return self._by_patch(tensor, partial(score_rows, scoring=self.scoring), rescaled)
+        return self._by_patch(features.tensor, partial(score_rows, scoring=self.scoring), rescaled)
 
     def _by_patch(
         self, tensor: Tensor, ask: Callable[[Tensor, Active], Tensor], rescaled: bool = False

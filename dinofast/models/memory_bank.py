@@ -197,7 +197,8 @@ class MemoryBank(SearchedModel):
                 f"this is {bank.dtype} {tuple(bank.shape)}"
             )
 
-    def _patch_scores(self, tensor: Tensor) -> Tensor:
+    def _patch_scores(self, features: Features) -> Tensor:
+        tensor = features.tensor
         mask = self._mask(tensor)
         queries = tensor.flatten(0, 2) if mask is None else tensor[mask]
         distance = self._distance(queries.float())

@@ -207,8 +207,8 @@ class PatchCore(SearchedModel):
                 f"M >= {k}, this is {tuple(bank.shape)}"
             )
 
-    def _patch_scores(self, tensor: Tensor) -> Tensor:
-        return self._search(tensor)[0]
+    def _patch_scores(self, features: Features) -> Tensor:
+        return self._search(features.tensor)[0]
 
     def _scores(self, features: Features) -> Scores:
         patches, pooled, nearest = self._search(features.tensor)

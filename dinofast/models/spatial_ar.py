@@ -247,7 +247,8 @@ class SpatialAR(IterativeModel):
             if not bool(found.isfinite().all()):
                 raise ArtifactError(f"{name} holds NaN or infinite values; the network was not trained well.")
 
-    def _patch_scores(self, tensor: Tensor) -> Tensor:
+    def _patch_scores(self, features: Features) -> Tensor:
+        tensor = features.tensor
         self._check_grid(*tensor.shape[1:3])
         if len(tensor) == 0:
             return tensor.new_zeros(tensor.shape[:3], dtype=torch.float32)

@@ -298,7 +298,7 @@ class SupportKMeans(Model):
                 f"float32 (J, E), (J, K, D), int64 (J,) in [1, K] and float32 (J, 2), this holds {shapes}"
             )
 
-    def _batch_scores(self, features: Features) -> Tensor:
+    def _patch_scores(self, features: Features) -> Tensor:
         tensor, state = features.tensor, self.state()
         if len(features) == 0:
             return torch.zeros(tensor.shape[:3], device=tensor.device)

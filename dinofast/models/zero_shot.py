@@ -269,7 +269,7 @@ class ZeroShot(IterativeModel):
         found = self._global_logits(features).softmax(dim=1)[:, 1]
         return Scores(found if self.image_score == "global" else (found + map.amax(dim=(1, 2))) / 2, map)
 
-    def _batch_scores(self, features: Features) -> Tensor:
+    def _patch_scores(self, features: Features) -> Tensor:
         """Give the abnormal channel of the softmax, without interpolation."""
         return self._of_class(features)._margins(features.tensor).sigmoid_().mean(dim=0)
 

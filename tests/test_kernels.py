@@ -138,7 +138,12 @@ with ops.backend("triton"):
 """,
     "cosine_map": """
 small = [s.name for s in OPS["cosine_map"].samples() if s.name != "32x32 to 112x112"]
-hold("cosine_map", small, ["up 5x6 to 33x130", "masked", "strided"])
+halves = ["up 5x6 to 33x130", "masked", "strided"]
+hold("cosine_map", small, halves)
+from dinofast.kernels import cosine_map
+assert cosine_map.ONE_WAVE > 0
+cosine_map.ONE_WAVE = 0  # as for many images: two launches
+hold("cosine_map", small, halves)
 features, many = torch.randn(1, 4, 5, 40), torch.randn(1030, 40)  # beyond what one program compares
 with ops.backend("triton"):
     got = ops.cosine_map(features, many, (9, 11))
@@ -178,6 +183,28 @@ for outside in (-1, 300):
     assert bool(distance.isnan().all()) and int(index) == 0
 """,
 }
+
+
+BLOCKS = """
+import torch
+from dinofast.kernels.resample import blocks
+from dinofast.ops.providers.triton import _axis
+from dinofast.ops.upsample_blur import resample_weights
+
+for patches, pixels in [(32, 448), (16, 37), (5, 33), (37, 518), (9, 4), (7, 7), (1, 50), (200, 3)]:
+    axis = _axis(resample_weights(patches, pixels, 0.0, "bilinear", "reflect")[0], torch.device("cpu"))
+    for most, size in axis.blocks.items():
+        touched = [set(block.flatten().tolist()) - {-1} for block in axis.index.split(size)]
+        assert all(max(t) - min(t) < most for t in touched), (patches, pixels, most, size)
+        double = [set(block.flatten().tolist()) - {-1} for block in axis.index.split(2 * size)]
+        assert size == 64 or any(max(t) - min(t) >= most for t in double), (patches, pixels, most, size)
+assert blocks(torch.tensor([[0, 1], [1, 2], [-1, 2], [2, 3]], dtype=torch.int32), 3, 4) == {3: 2, 4: 64}
+"""
+
+
+def test_blocks_of_pixels_touch_as_many_patches_as_they_may():
+    run = run_python("-W", "error", "-c", BLOCKS, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("name", OPERATORS)

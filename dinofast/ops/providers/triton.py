@@ -77,7 +77,8 @@ def _axes(
 
 
 def _axis(weights: Weights, device: torch.device) -> Axis:
-    from dinofast.kernels.resample import Axis
+    from dinofast.kernels.cosine_map import PATCH_COLUMNS, PATCH_ROWS
+    from dinofast.kernels.resample import Axis, blocks
 
     start = weights.start.long()
     count = start[1:] - start[:-1]
@@ -86,7 +87,7 @@ def _axis(weights: Weights, device: torch.device) -> Axis:
     index = torch.full((weights.count, int(count.max())), -1, dtype=torch.int32)
     weight = torch.zeros(index.shape)
     index[row, entry], weight[row, entry] = weights.index, weights.weight
-    return Axis(index.to(device), weight.to(device))
+    return Axis(index.to(device), weight.to(device), blocks(index, PATCH_ROWS, PATCH_COLUMNS))
 
 
 def _refuse_maps(x: Tensor, size: list[int], *, patches: Tensor) -> str | None:

@@ -18,6 +18,7 @@ constexpr double ROUNDING = 0x1p-24;  // of float32, relative
 constexpr double SHARE = 0x1p-10;     // of the full bound that is given up, so that its error can be absolute
 constexpr double NOISE = 0x1p-12;     // nats; a float32 sum proven this close is not computed again
 constexpr int64_t CROWDED = 8;        // if one of so many pairs seems to matter, all are computed at once
+constexpr int64_t SPARSE = 8;         // if only one of so many pairs is left, its patches are brought together
 
 bool is_finite(const float* x, int64_t d) {
     uint32_t found = 0;
@@ -46,7 +47,7 @@ float round_up_to_float(double x) {
 // Where things stand in a call's memory. `y` holds for every `lanes` patches channel after channel, `sums`
 // for every `lanes` patches component after component.
 struct Screen::Work {
-    float *y, *sums, *lost;
+    float *y, *sums, *lost, *packed;
     Pair* pairs;
     double *difference, *best, *total, *known;  // `known`: the log-probability of the candidate
     float *floor, *norm;
@@ -67,6 +68,7 @@ Screen::Work Screen::place(char* scratch) const {
     take(work.y, patches * depth_);
     take(work.sums, patches * padded_);
     take(work.lost, mixture_.full ? 0 : patches * padded_);
+    take(work.packed, mixture_.full ? tile_.lanes * (depth_ + 1) : 0);
     take(work.pairs, patches * mixture_.components);
     take(work.difference, mixture_.d);
     take(work.best, patches);
@@ -235,13 +237,52 @@ void Screen::add_step(const Work& work, int64_t step, bool exactly) const {
             }
             continue;
         }
-        int64_t offset = 0;
-        for (int64_t s = 0; s < step; ++s) offset += std::min((s + 1) * wide, depth_) * (1 + wide);
-        const int64_t depth = std::min((step + 1) * wide, depth_);
+        const int64_t depth = std::min((step + 1) * wide, depth_), offset = offset_of(step);
         for (int64_t k = 0; k < mixture_.components; ++k) {
             tile_.factored(panels_.get() + k * panel_ + offset, y + (depth_ - depth) * lanes, depth,
                            sums + k * lanes);
         }
+    }
+}
+
+// Where the panel of a step starts, for full covariance.
+int64_t Screen::offset_of(int64_t step) const {
+    int64_t offset = 0;
+    for (int64_t s = 0; s < step; ++s)
+        offset += std::min((s + 1) * tile_.components, depth_) * (1 + tile_.components);
+    return offset;
+}
+
+// For full covariance, take the steps from `begin` on for the pairs that are left.
+void Screen::add_last_steps(const Work& work, int64_t begin) const {
+    const int64_t wide = tile_.components, lanes = tile_.lanes, k_count = mixture_.components;
+    const int64_t windows = patches(true) / lanes;
+    float *y = work.packed, *packed_sums = y + lanes * depth_;
+    std::fill(y, packed_sums + lanes, 0.0f);
+    for (int64_t k = 0; k < k_count; ++k) {
+        const float* panel = panels_.get() + k * panel_;
+        float* from[MAX_LANES];
+        int64_t filled = 0;
+        const auto flush = [&] {
+            for (int64_t step = begin, offset = offset_of(begin); step < steps_; ++step) {
+                const int64_t depth = std::min((step + 1) * wide, depth_);
+                tile_.factored(panel + offset, y + (depth_ - depth) * lanes, depth, packed_sums);
+                offset += depth * (1 + wide);
+            }
+            for (int64_t lane = 0; lane < filled; ++lane) *from[lane] = packed_sums[lane];
+            filled = 0;
+        };
+        for (int64_t w = 0; w < windows; ++w) {
+            for (uint32_t alive = work.alive[w * k_count + k]; alive != 0; alive &= alive - 1) {
+                const int64_t lane = __builtin_ctz(alive);
+                const float* in = work.y + w * lanes * depth_ + lane;
+                for (int64_t c = 0; c < depth_; ++c) y[c * lanes + filled] = in[c * lanes];
+                from[filled] = work.sums + w * lanes * padded_ + k * lanes + lane;
+                packed_sums[filled] = *from[filled];
+                if (++filled == lanes) flush();
+            }
+        }
+        if (filled > 0) flush();
     }
 }
 
@@ -354,9 +395,13 @@ int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log
     }
     std::fill(work.sums, work.sums + patches * padded_, 0.0f);
     int64_t done = 0;
-    bool exact = false;
+    bool exact = false, sparse = false;
     for (int64_t stop = std::min(first_, steps_); !exact; stop = std::min(2 * stop, steps_)) {
         transpose(work, y, stride, done, stop);
+        if (sparse) {
+            add_last_steps(work, done);
+            done = stop = steps_;
+        }
         for (; done < stop; ++done) add_step(work, done, false);
         choose(work, y, stride, count);
         const int64_t pairs = count * mixture_.components;
@@ -371,6 +416,7 @@ int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log
             left = survivors(work, 1, &grown);
         }
         if (done == steps_ || left * (mixture_.full ? 64 : 32) <= pairs) break;
+        sparse = mixture_.full && left * SPARSE <= pairs;
     }
     const int64_t found = list(work, y, stride, count, exact);
 

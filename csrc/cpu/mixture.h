@@ -58,6 +58,8 @@ class Screen {
     bool pack_full(int64_t k, double* factor);
     void transpose(const Work& work, const float* y, int64_t stride, int64_t begin, int64_t end) const;
     void add_step(const Work& work, int64_t step, bool exactly) const;
+    int64_t offset_of(int64_t step) const;
+    void add_last_steps(const Work& work, int64_t begin) const;
     void choose(const Work& work, const float* y, int64_t stride, int64_t count) const;
     int64_t survivors(const Work& work, float growth, int64_t* grown) const;
     double evaluate(const Work& work, const float* y, int64_t k) const;

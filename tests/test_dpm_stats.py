@@ -55,7 +55,7 @@ def test_more_rows_than_one_block(isa, kind):
 
 
 def test_more_responsibilities_than_are_kept(isa):
-    assert_kernel(OP, KERNEL, mixture(3500, 100, 5, "full", 0.0))
+    assert_kernel(OP, KERNEL, mixture(2500, 300, 3, "full", 0.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

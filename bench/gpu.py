@@ -56,15 +56,20 @@ def _farthest(rows: Tensor, min_distance: Tensor, index: Tensor) -> Call:
     return call
 
 
+def _nearest(queries: Tensor, bank: Tensor, k: int, metric: str) -> Call:
+    return _torch_max(queries, bank) if k == 1 else _torch_topk(queries, bank, k, metric)
+
+
 ONE_LINERS: dict[str, Callable[..., Call]] = {
     "cosine_max": _torch_max,
     "cosine_map": _interpolated,
-    "knn_topk": _torch_topk,
+    "knn_topk": _nearest,
     "farthest_point": _farthest,
 }
 """Operator -> plain torch for the same work, on rows of norm 1; where there is none, its reference stands."""
 
 
+@lru_cache(maxsize=1)
 def arguments(op: str, size: str, dtype: str) -> tuple[Any, ...]:
     """Give the operator's arguments on the GPU."""
     if op == "farthest_point":
@@ -84,7 +89,8 @@ def kernels(op: str) -> dict[str, Any]:
 def peers(op: str, args: tuple[Any, ...]) -> dict[str, Call]:
     """Give what our kernels are compared with; neither of them passes a gate: they may err more."""
     plain = ONE_LINERS[op](*args) if op in ONE_LINERS else partial(OPS[op].reference, *args)
-    compiled = torch.compile(OPS[op].reference)
+    torch.compiler.reset()  # else another size of the same code is compiled for any size
+    compiled = torch.compile(OPS[op].reference, dynamic=False)
     return {"torch": plain, "compiled reference": partial(compiled, *args)}
 
 

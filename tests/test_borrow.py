@@ -13,7 +13,7 @@ BORROW = Path(__file__).parents[1] / ".ci/borrow"
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python is no environment")
 def test_an_environment_over_an_environment_sees_its_packages(tmp_path):
     subprocess.run([BORROW, sys.executable, tmp_path / "venv"], check=True, timeout=300)
-    code = "import sys, torch; print(sys.prefix, torch.__file__)"
+    code = "import pip, sys, torch; print(sys.prefix, torch.__file__)"
     run = subprocess.run(
         [tmp_path / "venv/bin/python", "-c", code], check=True, capture_output=True, text=True, timeout=300
     )

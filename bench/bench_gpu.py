@@ -1,4 +1,4 @@
-"""Every kernel for a GPU at its sizes, past a gate; then plain torch and the compiled reference, and ratios."""
+"""Every kernel for a GPU at its sizes, past a gate; then plain torch, the compiled reference and ratios."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 TABLE = Path(__file__).parents[1] / "bench/results/triton-aot.json"
@@ -196,3 +197,15 @@ def test_the_interpreter_agrees_with_the_reference(name):
     run = run_python("-W", "error", "-c", INTERPRETED + OPERATORS[name], TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith("checked"), run.stdout + run.stderr
+
+
+def test_weights_whose_addresses_a_captured_graph_holds_are_kept(monkeypatch):
+    from dinofast.ops.providers import triton as offers
+
+    weights = object(), object()
+    monkeypatch.setattr(offers, "_CAPTURED", set())
+    monkeypatch.setattr(offers, "_copied_axes", lambda *_: weights)
+    for capturing, kept in ((False, set()), (True, {weights})):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert offers._axes((2, 2), (4, 4), 0.0, "bilinear", "reflect", torch.device("cuda")) is weights
+        assert offers._CAPTURED == kept

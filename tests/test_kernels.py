@@ -208,4 +208,4 @@ def test_weights_whose_addresses_a_captured_graph_holds_are_kept(monkeypatch):
     for capturing, kept in ((False, set()), (True, {weights})):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert offers._axes((2, 2), (4, 4), 0.0, "bilinear", "reflect", torch.device("cuda")) is weights
-        assert offers._CAPTURED == kept
+        assert kept == offers._CAPTURED

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bench.measure import OURS, Call, Ceiling, Gate
 from bench.peers import _torch_max, _torch_topk
@@ -76,8 +77,7 @@ def arguments(op: str, size: str, dtype: str) -> tuple[Any, ...]:
         made: tuple[Any, ...] = (unit_rows(100_000, 0), torch.full((100_000,), torch.inf), torch.tensor(0))
     else:
         made = SHAPES[op][size]()
-    moved = (x.cuda() if isinstance(x, Tensor) else x for x in made)
-    return cast_inputs(OPS[op], tuple(moved), DTYPES[dtype])
+    return cast_inputs(OPS[op], tree_map_only(Tensor, Tensor.cuda, made), DTYPES[dtype])
 
 
 def kernels(op: str) -> dict[str, Any]:

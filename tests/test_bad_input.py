@@ -279,12 +279,15 @@ def test_a_read_only_output_is_named(
     locked = tmp_path / "locked"
     locked.mkdir()
 
-    def refuse(*_: Any, dir: Path, **__: Any) -> Any:  # root may write anywhere: refuse as the system would
-        assert Path(dir) == locked
-        raise PermissionError(13, "Permission denied", str(dir))
+    opened = os.open
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    def refuse(name: Any, *args: Any, **options: Any) -> int:  # root may write anywhere: refuse as the system
+        path = Path(os.fsdecode(name))
+        if locked in (path, *path.parents):
+            raise PermissionError(13, "Permission denied", str(name))
+        return opened(name, *args, **options)
+
+    monkeypatch.setattr(files.os, "open", refuse)
     args = {
         "fit": ("fit", image, *LITE, "--out", locked / "d.safetensors"),
         "predict": ("predict", saved, image, "--out", locked),
@@ -330,15 +333,16 @@ def test_a_full_output_is_named(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_device_that_is_full(fitted: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real error of a real write: the temporary file leads to /dev/full."""
-    made = files.tempfile.mkstemp
+    opened = os.open
 
-    def leading_nowhere(*args: Any, **options: Any) -> Any:
-        handle, name = made(*args, **options)
-        Path(name).unlink()
-        Path(name).symlink_to("/dev/full")
-        return handle, name
+    def leading_nowhere(name: Any, *args: Any, **options: Any) -> int:
+        handle = opened(name, *args, **options)
+        if Path(os.fsdecode(name)).name.startswith(".writing-"):
+            Path(name).unlink()
+            Path(name).symlink_to("/dev/full")
+        return handle
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", leading_nowhere)
+    monkeypatch.setattr(files.os, "open", leading_nowhere)
     before = Path("/dev/full").stat().st_mode
     with pytest.raises(InputError, match=r"scores\.json: cannot be written \(No space left on device\)"):
         write_predictions(fitted, weave(5), tmp_path / "out")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dinofast import Detector, cli, trial
 from dinofast.backbone import text as towers
 from dinofast.data import Sample, packaged
+from dinofast.data.split import SplitSet
 from dinofast.errors import InputError
 from dinofast.models.spatial_ar import SpatialAR
 from dinofast.models.zero_shot import ZeroShot
@@ -299,13 +300,13 @@ def test_what_cannot_be_imported(
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> packaged.PackagedSet:
+def toy(monkeypatch: pytest.MonkeyPatch) -> SplitSet:
     """A packaged set of weaves, in place of the fetched ones."""
 
     def sample(name: str, image: Any, label: int) -> Sample:
         return Sample(name, lambda: image, None, label)
 
-    found = packaged.PackagedSet(
+    found = SplitSet(
         "br35h", "A citation.", "free", "A note.",
         [sample(f"fit{i}", weave(i), 0) for i in range(5)],
         [sample(f"other{i}", weave(10 + i), 0) for i in range(2)],
@@ -316,7 +317,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> packaged.PackagedSet:
     return found
 
 
-def test_evaluate_runs_a_packaged_set(call: Call, toy: packaged.PackagedSet, tmp_path: Path) -> None:
+def test_evaluate_runs_a_packaged_set(call: Call, toy: SplitSet, tmp_path: Path) -> None:
     out, saved = tmp_path / "r.json", tmp_path / "d.safetensors"
     args = ("evaluate", "--protocol", "packaged", "br35h")
     found = call(
@@ -340,7 +341,7 @@ def test_evaluate_runs_a_packaged_set(call: Call, toy: packaged.PackagedSet, tmp
     assert "learned 2 images in " in few.out
 
 
-def test_packaged_options_that_cannot_be(call: Call, toy: packaged.PackagedSet, tmp_path: Path) -> None:
+def test_packaged_options_that_cannot_be(call: Call, toy: SplitSet, tmp_path: Path) -> None:
     args = ("evaluate", "--protocol", "packaged")
     absent = call(*args, "mvtec", "memory_bank", *LITE)
     assert absent.code == 1
@@ -354,9 +355,7 @@ def test_packaged_options_that_cannot_be(call: Call, toy: packaged.PackagedSet, 
     assert "--shots: " in refused.err
 
 
-def test_a_trial_validates_by_the_calibration_images(
-    toy: packaged.PackagedSet, lite0: Any, vectors: Path
-) -> None:
+def test_a_trial_validates_by_the_calibration_images(toy: SplitSet, lite0: Any, vectors: Path) -> None:
     told: list[str] = []
     model = SpatialAR(n_epochs=2, hidden=4, dilations=1, n_layers=2)
     found = trial.run(Detector(lite0, model), toy, progress=lambda stage, *_: told.append(stage))

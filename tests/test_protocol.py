@@ -20,7 +20,7 @@ from textures import save, spoiled
 from dinofast import Detector, cli, models, protocol, published, scoreboard, trial
 from dinofast.backbone import Backbone
 from dinofast.data import Sample, bmad
-from dinofast.data.packaged import PackagedSet
+from dinofast.data.split import SplitSet
 from dinofast.errors import BadFilesError, InputError
 from dinofast.metrics import RegionOverlap
 from dinofast.models.iterative import IterativeModel
@@ -243,7 +243,7 @@ def test_the_time_of_validation_images_counts_for_the_fit(brain: Path, lite0: Ba
     found = bmad.load(brain)
     report = protocol.run(Detector(lite0, Sleeper()), found, regions=False)
     assert report.fit_seconds["model"] * len(found.train) > 0.999
-    images = PackagedSet("set", "", "", "", found.train, found.valid, found.test)
+    images = SplitSet("set", "", "", "", found.train, found.valid, found.test)
     trained = trial.run(Detector(lite0, Sleeper()), images)
     assert trained.fit_model_seconds is not None
     assert trained.fit_model_seconds > 0.999

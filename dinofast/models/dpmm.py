@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from dinofast.errors import ArtifactError, InputError
+from dinofast.errors import ArtifactError
 from dinofast.models import mixture_start
 from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore

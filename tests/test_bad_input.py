@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from command_line import LITE, Call
 from PIL import Image
 from textures import RGB, save, scan, weave
 
-from dinofast import Detector, artifact, backbone, cli, data, files, models
+from dinofast import Detector, artifact, backbone, data, files, models
 from dinofast.backbone import Backbone
 from dinofast.errors import ArtifactError, BadFilesError, InputError
 from dinofast.output import write_predictions
@@ -256,22 +256,12 @@ def test_a_patch_of_zeros_is_far_from_everything(lite0: Backbone, monkeypatch: p
 # Output that cannot be written
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> Any:
-    monkeypatch.setattr(sys, "argv", ["dinofast", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
-LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
-
-
 @pytest.mark.parametrize("step", ["fit", "predict", "demo"])
 def test_a_read_only_output_is_named(
     fitted: Detector,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
     step: str,
 ) -> None:
     image, saved = save(tmp_path / "a.png", weave(5)), tmp_path / "d.safetensors"
@@ -293,8 +283,8 @@ def test_a_read_only_output_is_named(
         "predict": ("predict", saved, image, "--out", locked),
         "demo": ("demo", "--data", "brain", "--output", locked),
     }[step]
-    assert command(monkeypatch, *args) == 1
-    said = capsys.readouterr()
+    said = call(*args)
+    assert said.code == 1
     assert said.out == ""
     assert re.search(
         rf"^dinofast: {locked}/.*: cannot be written \(Permission denied\).*Choose a folder", said.err, re.M
@@ -307,7 +297,7 @@ def test_a_full_output_is_named(
     fitted: Detector,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
     step: str,
 ) -> None:
     image, saved, out = save(tmp_path / "a.png", weave(5)), tmp_path / "d.safetensors", tmp_path / "out"
@@ -321,8 +311,8 @@ def test_a_full_output_is_named(
         "fit": ("fit", image, *LITE, "--out", out / "d.safetensors"),
         "predict": ("predict", saved, image, "--out", out),
     }[step]
-    assert command(monkeypatch, *args) == 1
-    said = capsys.readouterr()
+    said = call(*args)
+    assert said.code == 1
     assert re.search(
         rf"^dinofast: {out}/.*: cannot be written \(No space left on device\).*has space", said.err, re.M
     )

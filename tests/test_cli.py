@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from command_line import LITE, Call
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from textures import save, scan, spoiled, weave
@@ -24,47 +25,6 @@ from dinofast.ops import MISSING
 
 COMMANDS = ("demo", "fit", "predict", "evaluate", "info")
 native = pytest.mark.skipif("cpu" in MISSING, reason="built without native kernels")
-LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run the command line here, as the installed script would."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dinofast", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return Result(code if isinstance(code, int) else 0 if code is None else 1, out, err)
-
-    return run
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """MVTec's layout with masks."""
-    root = tmp_path / "cloth"
-    for i in range(4):
-        save(root / "train" / "good" / f"{i:03d}.png", weave(i))
-    for i in range(3):
-        save(root / "test" / "good" / f"{i:03d}.png", weave(10 + i))
-        save(root / "test" / "stain" / f"{i:03d}.png", spoiled(20 + i))
-        truth = np.zeros((96, 96), np.uint8)
-        truth[64:, 64:] = 255
-        save(root / "ground_truth" / "stain" / f"{i:03d}_mask.png", truth)
-    return root
 
 
 @pytest.fixture

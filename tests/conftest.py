@@ -97,6 +97,23 @@ def lite0():
 
 
 @pytest.fixture
+def fitted(lite0):
+    """A detector of four pictures of cloth."""
+    from textures import weave
+
+    from dinofast import Detector
+
+    return Detector(lite0).fit([weave(i) for i in range(4)])
+
+
+@pytest.fixture
+def detector(fitted, tmp_path: Path) -> Path:
+    """The file of `fitted`."""
+    fitted.save(tmp_path / "fitted.safetensors")
+    return tmp_path / "fitted.safetensors"
+
+
+@pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run the command line here, as the installed script would."""
     from dinofast import cli

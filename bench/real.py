@@ -25,6 +25,7 @@ from cpuinfo import get_cpu_info
 from bench.memory import resident
 from dinofast import Detector, backbone, metrics, models, trial
 from dinofast.data import packaged
+from dinofast.data.split import SplitSet
 from dinofast.files import replacing
 from dinofast.stream import Embedder
 
@@ -49,7 +50,7 @@ def run(set_name: str, row: str, backbone_name: str) -> dict[str, Any]:
     return {**facts, "n_test": len(images.test), "peak_bytes": resident("VmHWM"), **found}
 
 
-def system(images: packaged.PackagedSet, features: backbone.Backbone, row: str) -> dict[str, Any]:
+def system(images: SplitSet, features: backbone.Backbone, row: str) -> dict[str, Any]:
     """Run one of dinofast's models."""
     name, params = MODELS[row]
     found = trial.run(Detector(features, models.create(name, **params)), images)
@@ -64,7 +65,7 @@ def system(images: packaged.PackagedSet, features: backbone.Backbone, row: str) 
     }
 
 
-def script(images: packaged.PackagedSet, features: backbone.Backbone) -> dict[str, Any]:
+def script(images: SplitSet, features: backbone.Backbone) -> dict[str, Any]:
     """Run what anyone would write first: 8000 random normal patches, cosine distance, mean of the top 8."""
     embedder = Embedder(features)
     start = time.perf_counter()

@@ -6,6 +6,7 @@ import logging
 import sys
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.logging import RichHandler
 
 from dinofast.console import (
     AsJson,
+    Asked,
     Axis,
     BackboneName,
     BatchSize,
@@ -43,7 +45,8 @@ app = typer.Typer(
 FAILED, INTERRUPTED = 1, 130
 """Exit codes: something could not be used (the message says what); Ctrl-C. Usage errors exit with 2."""
 
-_PANEL = "With --protocol"
+_protocol_option = partial(typer.Option, rich_help_panel="With --protocol")
+"""An option that only protocols have."""
 
 
 class Protocol(str, Enum):
@@ -166,49 +169,35 @@ def evaluate(
     protocol: Annotated[
         Protocol | None, typer.Option(help="Fit a model on DATASET and evaluate it as publications do.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file for everything.", rich_help_panel=_PANEL)
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="File for the fitted detector.", rich_help_panel=_PANEL)
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="File that a long fit goes on from.", rich_help_panel=_PANEL)
-    ] = None,
+    out: Annotated[Path | None, _protocol_option(help="JSON file for everything.")] = None,
+    save: Annotated[Path | None, _protocol_option(help="File for the fitted detector.")] = None,
+    checkpoint: Annotated[Path | None, _protocol_option(help="File that a long fit goes on from.")] = None,
     param: Annotated[
         list[str] | None,
-        typer.Option(help="Model parameter NAME=VALUE; repeatable.", rich_help_panel=_PANEL),
+        _protocol_option(help="Model parameter NAME=VALUE; repeatable."),
     ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="As in fit.", rich_help_panel=_PANEL)] = None,
-    layers: Annotated[str | None, typer.Option(help="As in fit.", rich_help_panel=_PANEL)] = None,
-    shots: Annotated[int | None, typer.Option(min=1, help="As in fit.", rich_help_panel=_PANEL)] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which run of --shots.", rich_help_panel=_PANEL)] = 0,
+    size: Annotated[int | None, _protocol_option(min=1, help="As in fit.")] = None,
+    layers: Annotated[str | None, _protocol_option(help="As in fit.")] = None,
+    shots: Annotated[int | None, _protocol_option(min=1, help="As in fit.")] = None,
+    seed: Annotated[int, _protocol_option(min=0, help="Which run of --shots.")] = 0,
     name: Annotated[
         str | None,
-        typer.Option(
-            "--set", help="brain, liver or resc [default: by folder names].", rich_help_panel=_PANEL
-        ),
+        _protocol_option("--set", help="brain, liver or resc [default: by folder names]."),
     ] = None,
     masks: Annotated[
         str,
-        typer.Option(help="Anomalous is any channel above 0, or only gray 255.", rich_help_panel=_PANEL),
+        _protocol_option(help="Anomalous is any channel above 0, or only gray 255."),
     ] = "any",
-    labels: Annotated[
-        str, typer.Option(help="Image labels from folder or mask.", rich_help_panel=_PANEL)
-    ] = "folder",
+    labels: Annotated[str, _protocol_option(help="Image labels from folder or mask.")] = "folder",
     map_size: Annotated[
         str,
-        typer.Option(help="Where maps meet masks: native, 240 or 224.", rich_help_panel=_PANEL),
+        _protocol_option(help="Where maps meet masks: native, 240 or 224."),
     ] = "native",
-    thresholds: Annotated[
-        str, typer.Option(help="Quantiles of normal pixel or patch scores.", rich_help_panel=_PANEL)
-    ] = "pixel",
-    regions: Annotated[
-        bool, typer.Option(help="Per-region overlap; needs scipy.", rich_help_panel=_PANEL)
-    ] = True,
+    thresholds: Annotated[str, _protocol_option(help="Quantiles of normal pixel or patch scores.")] = "pixel",
+    regions: Annotated[bool, _protocol_option(help="Per-region overlap; needs scipy.")] = True,
     against: Annotated[
         Path | None,
-        typer.Option(help="JSON of another run, for the paired test.", rich_help_panel=_PANEL),
+        _protocol_option(help="JSON of another run, for the paired test."),
     ] = None,
 ) -> None:
     """Score labeled images: AUROC, AUPR and average precision of images and pixels.
@@ -220,32 +209,30 @@ def evaluate(
     if protocol is not None:
         if split is not None:
             raise typer.BadParameter("--split: a protocol says which split is for what; leave it out")
+        asked = Asked(
+            str(root), backbone=backbone, param=param, size=size, layers=layers, shots=shots, seed=seed,
+            out=out, save=save, checkpoint=checkpoint, batch_size=batch_size, as_json=as_json,
+        )  # fmt: skip
         if protocol is Protocol.packaged:
             from dinofast.packaged_command import run as run_packaged
 
-            asked: dict[str, object] = {
+            given: dict[str, object] = {
                 "--set": name,
                 "--against": against,
                 "--masks": masks,
                 "--labels": labels,
             }
-            asked |= {"--map-size": map_size, "--thresholds": thresholds, "--skip-bad": skip_bad or None}
+            given |= {"--map-size": map_size, "--thresholds": thresholds, "--skip-bad": skip_bad or None}
             usual = {"--masks": "any", "--labels": "folder", "--map-size": "native", "--thresholds": "pixel"}
-            if unused := [option for option, value in asked.items() if value != usual.get(option)]:
+            if unused := [option for option, value in given.items() if value != usual.get(option)]:
                 raise typer.BadParameter(f"{', '.join(unused)}: not of the protocol packaged; leave it out")
-            run_packaged(
-                str(detector), str(root), backbone=backbone, param=param, size=size, layers=layers,
-                shots=shots, seed=seed, out=out, save=save, checkpoint=checkpoint, batch_size=batch_size,
-                as_json=as_json,
-            )  # fmt: skip
+            run_packaged(str(detector), asked)
             return
         from dinofast.protocol_command import run as run_protocol
 
         run_protocol(
-            detector, str(root), backbone=backbone, param=param, size=size, layers=layers, shots=shots,
-            seed=seed, name=name, masks=masks, labels=labels, map_size=map_size, thresholds=thresholds,
-            regions=regions, against=against, out=out, save=save, checkpoint=checkpoint,
-            batch_size=batch_size, skip_bad=skip_bad, as_json=as_json,
+            detector, asked, name=name, masks=masks, labels=labels, map_size=map_size, thresholds=thresholds,
+            regions=regions, against=against, skip_bad=skip_bad,
         )  # fmt: skip
         return
     from dinofast import data

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dinofast.errors import InputError
+from dinofast.files import check_writable
 from dinofast.progress import Progress, rich_progress
 
 if TYPE_CHECKING:
@@ -142,24 +144,76 @@ def load_backbone(name: str, size: int | None, layers: str | None, resize: Resiz
     return backbone.load(name, size=size, layers=blocks(layers), resize="squash" if squash else "edge")
 
 
-def refuse_fit_options(model: str, given: Mapping[str, object]) -> None:
-    """Refuse options of a fit beside a saved detector, as a usage error."""
-    if model.endswith(SAVED) and (unused := [option for option, value in given.items() if value is not None]):
-        raise typer.BadParameter(f"{', '.join(unused)}: {model} is fitted already; give a model by name")
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks of a protocol: a model to fit, or a saved detector, and where results go.
 
+    Attributes:
+        model: name of a model to fit, or a saved detector.
+        backbone: None is "auto" for a name and the backbone of the fit for a detector.
+        param: model parameters NAME=VALUE.
+        size: of the backbone's input.
+        layers: blocks to tap.
+        shots: learn only this many images.
+        seed: which run of `shots`; seed of the detector.
+        out: JSON file to write.
+        save: file for the fitted detector.
+        checkpoint: file that a fit over epochs goes on from.
+        batch_size: images at a time.
+        as_json: print JSON instead of tables.
+    """
 
-def chosen_detector(
-    model: str, backbone: str | None, param: list[str] | None, size: int | None, layers: str | None, seed: int
-) -> Detector:
-    """Load a saved detector, or make one of a model by name, ready for a fit."""
-    from dinofast.detector import Detector
+    model: str
+    backbone: str | None
+    param: list[str] | None
+    size: int | None
+    layers: str | None
+    shots: int | None
+    seed: int
+    out: Path | None
+    save: Path | None
+    checkpoint: Path | None
+    batch_size: int | None
+    as_json: bool
 
-    if model.endswith(SAVED):
-        return Detector.load(model, backbone=backbone)
-    learner = create_model(model, dict(parameter(p) for p in param or []))
-    detector = Detector(load_backbone(backbone or "auto", size, layers, Resizing.edge), learner, seed=seed)
-    check_needs(detector)
-    return detector
+    def check(self) -> None:
+        """Refuse options of a fit beside a saved detector, as a usage error, and unwritable files.
+
+        Raises:
+            BadParameter: such options.
+            InputError: such files.
+        """
+        names = ("param", "size", "layers", "shots", "save", "checkpoint")
+        unused = [f"--{name}" for name in names if getattr(self, name) is not None]
+        if unused and self.model.endswith(SAVED):
+            raise typer.BadParameter(
+                f"{', '.join(unused)}: {self.model} is fitted already; give a model by name"
+            )
+        for path in filter(None, (self.out, self.save)):
+            check_writable(path)
+
+    def detector(self) -> Detector:
+        """Load a saved detector, or make one of a model by name, ready for a fit."""
+        from dinofast.detector import Detector
+
+        if self.model.endswith(SAVED):
+            return Detector.load(self.model, backbone=self.backbone)
+        learner = create_model(self.model, dict(parameter(p) for p in self.param or []))
+        features = load_backbone(self.backbone or "auto", self.size, self.layers, Resizing.edge)
+        detector = Detector(features, learner, seed=self.seed)
+        check_needs(detector)
+        return detector
+
+    def learned(self, images: list[Sample]) -> list[Sample]:
+        """Take as many images for the fit as are asked for."""
+        from dinofast import data
+
+        return images if self.shots is None else data.shots(images, self.shots, self.seed)
+
+    def on_fit(self, detector: Detector) -> Callable[[], None] | None:
+        """Give what saves the detector once it is fitted, or None."""
+        save = self.save
+        return None if save is None else lambda: detector.save(save)
 
 
 def check_needs(detector: Detector) -> None:

@@ -13,7 +13,7 @@ from dinofast.evaluate import Evaluation, Ranking, evaluate
 from dinofast.models.iterative import IterativeModel
 
 if TYPE_CHECKING:
-    from dinofast.data.packaged import PackagedSet
+    from dinofast.data.split import SplitSet
     from dinofast.detector import Detector
     from dinofast.progress import Progress
 
@@ -67,7 +67,7 @@ class Trial:
 
 def run(
     detector: Detector,
-    images: PackagedSet,
+    images: SplitSet,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,

@@ -1,10 +1,13 @@
-"""Fixtures that every test gets: a GPU only where promised, no leaking seeds, NaN-filled fresh memory."""
+"""Fixtures: a GPU only where promised, no leaking seeds, NaN-filled fresh memory; the command line."""
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from command_line import Call, Result
 
 from dinofast.ops.providers import instruction_set
 
@@ -102,3 +105,45 @@ def lite0():
     from dinofast import backbone
 
     return backbone.load("efficientnet-lite0", size=96, device="cpu")
+
+
+@pytest.fixture
+def fitted(lite0):
+    """A detector of four pictures of cloth."""
+    from textures import weave
+
+    from dinofast import Detector
+
+    return Detector(lite0).fit([weave(i) for i in range(4)])
+
+
+@pytest.fixture
+def detector(fitted, tmp_path: Path) -> Path:
+    """The file of `fitted`."""
+    fitted.save(tmp_path / "fitted.safetensors")
+    return tmp_path / "fitted.safetensors"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the command line here, as the installed script would."""
+    from dinofast import cli
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dinofast", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        return Result(code if isinstance(code, int) else 0 if code is None else 1, out, err)
+
+    return run
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """MVTec's layout with masks: see `textures.cloth_tree`."""
+    from textures import cloth_tree
+
+    return cloth_tree(tmp_path / "cloth")

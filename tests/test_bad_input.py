@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from command_line import LITE, Call
 from PIL import Image
 from textures import RGB, save, scan, weave
 
-from dinofast import Detector, artifact, backbone, cli, data, files, models
+from dinofast import Detector, artifact, backbone, data, files, models
 from dinofast.backbone import Backbone
 from dinofast.errors import ArtifactError, BadFilesError, InputError
 from dinofast.output import write_predictions
@@ -256,22 +256,12 @@ def test_a_patch_of_zeros_is_far_from_everything(lite0: Backbone, monkeypatch: p
 # Output that cannot be written
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> Any:
-    monkeypatch.setattr(sys, "argv", ["dinofast", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
-LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
-
-
 @pytest.mark.parametrize("step", ["fit", "predict", "demo"])
 def test_a_read_only_output_is_named(
     fitted: Detector,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
     step: str,
 ) -> None:
     image, saved = save(tmp_path / "a.png", weave(5)), tmp_path / "d.safetensors"
@@ -279,19 +269,22 @@ def test_a_read_only_output_is_named(
     locked = tmp_path / "locked"
     locked.mkdir()
 
-    def refuse(*_: Any, dir: Path, **__: Any) -> Any:  # root may write anywhere: refuse as the system would
-        assert Path(dir) == locked
-        raise PermissionError(13, "Permission denied", str(dir))
+    opened = os.open
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    def refuse(name: Any, *args: Any, **options: Any) -> int:  # root may write anywhere: refuse as the system
+        path = Path(os.fsdecode(name))
+        if locked in (path, *path.parents):
+            raise PermissionError(13, "Permission denied", str(name))
+        return opened(name, *args, **options)
+
+    monkeypatch.setattr(files.os, "open", refuse)
     args = {
         "fit": ("fit", image, *LITE, "--out", locked / "d.safetensors"),
         "predict": ("predict", saved, image, "--out", locked),
         "demo": ("demo", "--data", "brain", "--output", locked),
     }[step]
-    assert command(monkeypatch, *args) == 1
-    said = capsys.readouterr()
+    said = call(*args)
+    assert said.code == 1
     assert said.out == ""
     assert re.search(
         rf"^dinofast: {locked}/.*: cannot be written \(Permission denied\).*Choose a folder", said.err, re.M
@@ -304,7 +297,7 @@ def test_a_full_output_is_named(
     fitted: Detector,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
     step: str,
 ) -> None:
     image, saved, out = save(tmp_path / "a.png", weave(5)), tmp_path / "d.safetensors", tmp_path / "out"
@@ -318,8 +311,8 @@ def test_a_full_output_is_named(
         "fit": ("fit", image, *LITE, "--out", out / "d.safetensors"),
         "predict": ("predict", saved, image, "--out", out),
     }[step]
-    assert command(monkeypatch, *args) == 1
-    said = capsys.readouterr()
+    said = call(*args)
+    assert said.code == 1
     assert re.search(
         rf"^dinofast: {out}/.*: cannot be written \(No space left on device\).*has space", said.err, re.M
     )
@@ -330,15 +323,16 @@ def test_a_full_output_is_named(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_device_that_is_full(fitted: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real error of a real write: the temporary file leads to /dev/full."""
-    made = files.tempfile.mkstemp
+    opened = os.open
 
-    def leading_nowhere(*args: Any, **options: Any) -> Any:
-        handle, name = made(*args, **options)
-        Path(name).unlink()
-        Path(name).symlink_to("/dev/full")
-        return handle, name
+    def leading_nowhere(name: Any, *args: Any, **options: Any) -> int:
+        handle = opened(name, *args, **options)
+        if Path(os.fsdecode(name)).name.startswith(".writing-"):
+            Path(name).unlink()
+            Path(name).symlink_to("/dev/full")
+        return handle
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", leading_nowhere)
+    monkeypatch.setattr(files.os, "open", leading_nowhere)
     before = Path("/dev/full").stat().st_mode
     with pytest.raises(InputError, match=r"scores\.json: cannot be written \(No space left on device\)"):
         write_predictions(fitted, weave(5), tmp_path / "out")

@@ -2,17 +2,13 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
 import pytest
+from command_line import LITE, Call, whole
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from textures import save, scan, spoiled, weave
@@ -24,72 +20,6 @@ from dinofast.ops import MISSING
 
 COMMANDS = ("demo", "fit", "predict", "evaluate", "info")
 native = pytest.mark.skipif("cpu" in MISSING, reason="built without native kernels")
-LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run the command line here, as the installed script would."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dinofast", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return Result(code if isinstance(code, int) else 0 if code is None else 1, out, err)
-
-    return run
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """MVTec's layout with masks."""
-    root = tmp_path / "cloth"
-    for i in range(4):
-        save(root / "train" / "good" / f"{i:03d}.png", weave(i))
-    for i in range(3):
-        save(root / "test" / "good" / f"{i:03d}.png", weave(10 + i))
-        save(root / "test" / "stain" / f"{i:03d}.png", spoiled(20 + i))
-        truth = np.zeros((96, 96), np.uint8)
-        truth[64:, 64:] = 255
-        save(root / "ground_truth" / "stain" / f"{i:03d}_mask.png", truth)
-    return root
-
-
-@pytest.fixture
-def detector(lite0: Backbone, tmp_path: Path) -> Path:
-    fitted = Detector(lite0).fit([weave(i) for i in range(4)])
-    fitted.save(tmp_path / "fitted.safetensors")
-    return tmp_path / "fitted.safetensors"
-
-
-def whole(folder: Path) -> list[Path]:
-    """Read every file that a run left; none may be half-written or temporary."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    for path in found:
-        assert not path.name.startswith(".writing-"), path
-        if path.suffix in (".png", ".tif"):
-            with Image.open(path) as image:
-                image.load()
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".html":
-            assert path.read_text().rstrip().endswith(">")
-        else:
-            assert path.name.endswith(".nii.gz"), path
-            assert np.isfinite(nibabel.load(path).get_fdata()).all()
-    return found
 
 
 # Round trips
@@ -429,81 +359,3 @@ def test_without_its_packages_the_command_line_names_the_extra(
         SystemExit, match=rf"dinofast: the command line needs {missing}: pip install 'dinofast\[cli\]'"
     ):
         cli.main()
-
-
-# Ctrl-C
-
-
-def interrupted(
-    args: list[object], ready: Callable[[str], bool], cwd: Path
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own and stop it as Ctrl-C does, once it is `ready` by its stderr."""
-    command = [sys.executable, "-m", "dinofast.cli", *map(str, args)]
-    log = cwd / "stderr.txt"
-    with log.open("w") as err:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, cwd=cwd)
-        deadline = time.monotonic() + 120
-        while not ready(log.read_text()):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, out, log.read_text())
-
-
-def check_interrupted(found: subprocess.CompletedProcess[str]) -> None:
-    # Python dies of the signal itself where it came in a string's exec; shells call both 130
-    assert found.returncode in (130, -signal.SIGINT), found.stderr
-    assert found.stdout == ""
-    assert found.stderr.rstrip().endswith(
-        "dinofast: stopped; finished files are whole, nothing half-written is left"
-    )
-    assert "Traceback" not in found.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent there")
-def test_ctrl_c_in_predict_leaves_whole_files_only(detector: Path, tmp_path: Path) -> None:
-    for i in range(300):
-        save(tmp_path / "in" / f"{i:03d}.png", weave(0))
-    scan(tmp_path / "in" / "last.nii.gz")
-    out = tmp_path / "out"
-    found = interrupted(
-        ["predict", detector, tmp_path / "in", "--out", out, "--batch-size", 1],
-        lambda _: out.is_dir() and len(list(out.glob("*_map.tif"))) >= 3,
-        tmp_path,
-    )
-    check_interrupted(found)
-    rows = json.loads((out / "scores.json").read_text())
-    assert 2 <= len(rows) < 300  # a map may be there and its row not yet
-    assert {"scores.json", *(row["map"] for row in rows)} <= {path.name for path in whole(out)}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent there")
-def test_ctrl_c_in_the_demo_leaves_whole_files_only(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    args = ["demo", "--data", "brain", "--output", out, "--backbone", "efficientnet-lite0"]
-    check_interrupted(interrupted(args, lambda log: "brain: calibrate: 36 to do" in log, tmp_path))
-    assert [path.name for path in whole(out)] == ["report.html"]
-    assert "was stopped" in (out / "report.html").read_text()
-
-
-def test_ctrl_c_while_a_file_is_written(
-    call: Call, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = iter(range(2))
-    write = Image.Image.save
-
-    def stopped(self: Image.Image, path: Any, *args: Any, **options: Any) -> None:
-        if next(left, None) is None:
-            Path(path).write_bytes(b"II*")
-            raise KeyboardInterrupt
-        write(self, path, *args, **options)
-
-    files = [save(tmp_path / "in" / f"{i}.png", weave(i)) for i in range(5)]
-    monkeypatch.setattr(Image.Image, "save", stopped)
-    found = call("predict", detector, *files, "--out", tmp_path / "out")
-    assert found.code == 130
-    assert "nothing half-written is left" in found.err
-    assert sorted(path.name for path in whole(tmp_path / "out")) == ["0_map.tif", "1_map.tif", "scores.json"]
-    assert len(json.loads((tmp_path / "out" / "scores.json").read_text())) == 2

@@ -4,71 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from command_line import LITE, Call
 from textures import save, spoiled, weave
 from torch import nn
 from torch.nn import functional as F
 
-from dinofast import Detector, cli, trial
+from dinofast import Detector, trial
 from dinofast.backbone import text as towers
 from dinofast.data import Sample, packaged
+from dinofast.data.split import SplitSet
 from dinofast.errors import InputError
 from dinofast.models.spatial_ar import SpatialAR
 from dinofast.models.zero_shot import ZeroShot
 from dinofast.text_vectors import TextVectors
 
-LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
 DINO = ("--backbone", "random:dinov2-small", "--size", "70")
 BRIEF = (
     *("--model", "spatial_ar", "--param", "n_epochs=3", "--param", "hidden=4"),
     *("--param", "dilations=1", "--param", "n_layers=2"),
 )
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run the command line here, as the installed script would."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dinofast", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return Result(code if isinstance(code, int) else 0 if code is None else 1, out, err)
-
-    return run
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """MVTec's layout with masks, spoiled ones in test."""
-    root = tmp_path / "cloth"
-    for i in range(3):
-        save(root / "train" / "good" / f"{i}.png", weave(i))
-        save(root / "test" / "good" / f"{i}.png", weave(10 + i))
-        save(root / "test" / "stain" / f"{i}.png", spoiled(20 + i))
-        truth = np.zeros((96, 96), np.uint8)
-        truth[64:, 64:] = 255
-        save(root / "ground_truth" / "stain" / f"{i}_mask.png", truth)
-    return root
 
 
 @pytest.fixture
@@ -90,7 +49,7 @@ def test_a_fit_over_epochs_shows_them_chooses_by_validation_and_goes_on(
     fit = call(*args, "--validation", tree / "test" / "good")
     assert fit.code == 0, fit.err
     assert re.findall(r"(\w+): (\d+) to do", fit.err) == [
-        ("check", "3"), ("check", "3"), ("fit", "3"), ("validation", "3"), ("train", "3"),
+        ("check", "4"), ("check", "3"), ("fit", "4"), ("validation", "3"), ("train", "3"),
     ]  # fmt: skip
     assert "train: 3 of 3 in" in fit.err
     first = Detector.load(saved).model.state()
@@ -126,7 +85,7 @@ def test_a_model_that_learns_from_masks_takes_labeled_folders(
         save(tmp_path / "others" / f"{i}.png", weave(40 + i))
     found = call(*args, "--validation", tree, "--calibrate", tmp_path / "others", "--json")
     assert found.code == 0, found.err
-    assert json.loads(found.out)["images"] == 9
+    assert json.loads(found.out)["images"] == 10
     assert json.loads(found.out)["thresholds"]["pixel"]["n_images"] == 3
     assert json.loads(call("evaluate", saved, tree, "--json").out)["pixel"]["n_anomalous"] == 3 * 32 * 32
     for option, message in (
@@ -299,13 +258,13 @@ def test_what_cannot_be_imported(
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> packaged.PackagedSet:
+def toy(monkeypatch: pytest.MonkeyPatch) -> SplitSet:
     """A packaged set of weaves, in place of the fetched ones."""
 
     def sample(name: str, image: Any, label: int) -> Sample:
         return Sample(name, lambda: image, None, label)
 
-    found = packaged.PackagedSet(
+    found = SplitSet(
         "br35h", "A citation.", "free", "A note.",
         [sample(f"fit{i}", weave(i), 0) for i in range(5)],
         [sample(f"other{i}", weave(10 + i), 0) for i in range(2)],
@@ -316,7 +275,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> packaged.PackagedSet:
     return found
 
 
-def test_evaluate_runs_a_packaged_set(call: Call, toy: packaged.PackagedSet, tmp_path: Path) -> None:
+def test_evaluate_runs_a_packaged_set(call: Call, toy: SplitSet, tmp_path: Path) -> None:
     out, saved = tmp_path / "r.json", tmp_path / "d.safetensors"
     args = ("evaluate", "--protocol", "packaged", "br35h")
     found = call(
@@ -340,7 +299,7 @@ def test_evaluate_runs_a_packaged_set(call: Call, toy: packaged.PackagedSet, tmp
     assert "learned 2 images in " in few.out
 
 
-def test_packaged_options_that_cannot_be(call: Call, toy: packaged.PackagedSet, tmp_path: Path) -> None:
+def test_packaged_options_that_cannot_be(call: Call, toy: SplitSet, tmp_path: Path) -> None:
     args = ("evaluate", "--protocol", "packaged")
     absent = call(*args, "mvtec", "memory_bank", *LITE)
     assert absent.code == 1
@@ -354,9 +313,7 @@ def test_packaged_options_that_cannot_be(call: Call, toy: packaged.PackagedSet, 
     assert "--shots: " in refused.err
 
 
-def test_a_trial_validates_by_the_calibration_images(
-    toy: packaged.PackagedSet, lite0: Any, vectors: Path
-) -> None:
+def test_a_trial_validates_by_the_calibration_images(toy: SplitSet, lite0: Any, vectors: Path) -> None:
     told: list[str] = []
     model = SpatialAR(n_epochs=2, hidden=4, dilations=1, n_layers=2)
     found = trial.run(Detector(lite0, model), toy, progress=lambda stage, *_: told.append(stage))

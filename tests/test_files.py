@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +38,44 @@ def test_a_block_that_fails_changes_nothing(tmp_path: Path, error: type[BaseExce
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_while_the_file_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened, made = tmp_path / "a.txt", os.open, []
+    path.write_text("old")
+
+    def stopped(name: Any, *args: Any) -> int:
+        os.close(opened(name, *args))
+        made.append(Path(name).is_file())
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with replacing(path):
+            raise AssertionError("the block must not run")
+
+    monkeypatch.setattr(os, "open", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert made == [True]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_no_file_can_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def write(path: Path) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("whole")
+
+    for path, reason in (
+        (Path("a" * 300), "File name too long"),
+        (tmp_path, "Is a directory"),
+        (Path(), ".+"),
+    ):
+        with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: cannot be written \({reason}\)"):
+            write(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:

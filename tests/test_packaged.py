@@ -56,6 +56,14 @@ def test_elpv_takes_certain_monocrystalline_cells(monkeypatch):
     assert found.region(found.test[0]) is None
 
 
+def test_the_lung_ct_is_the_demo_set(monkeypatch):
+    def told(*_):
+        pass
+
+    monkeypatch.setattr(packaged.demo, "lung_ct", lambda progress: ("the scan", progress))
+    assert packaged.load("lung-ct", told) == ("the scan", told)
+
+
 def test_broken_labels_unknown_names_and_unsafe_wheels_are_refused(monkeypatch, tmp_path):
     members = {"elpv_dataset/data/images/0.png": picture(0), "elpv_dataset/data/labels.csv": "a b\n"}
     monkeypatch.setattr(fetch, "download", wheel(members))

@@ -6,29 +6,28 @@ import json
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bmad_trees import LAYOUTS, bmad_tree, read
+from command_line import LITE, Call
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 from textures import save, spoiled
 
-from dinofast import Detector, cli, models, protocol, published, scoreboard, trial
+from dinofast import Detector, models, protocol, published, scoreboard, trial
 from dinofast.backbone import Backbone
 from dinofast.data import Sample, bmad
-from dinofast.data.packaged import PackagedSet
+from dinofast.data.split import SplitSet
 from dinofast.errors import BadFilesError, InputError
 from dinofast.metrics import RegionOverlap
 from dinofast.models.iterative import IterativeModel
 from dinofast.scoreboard import Report
 from dinofast.stream import Embedder
 from dinofast.types import Features, Scores
-
-LITE = ("--backbone", "efficientnet-lite0", "--size", "96")
 
 
 def truth(sample: Sample) -> np.ndarray:
@@ -243,7 +242,7 @@ def test_the_time_of_validation_images_counts_for_the_fit(brain: Path, lite0: Ba
     found = bmad.load(brain)
     report = protocol.run(Detector(lite0, Sleeper()), found, regions=False)
     assert report.fit_seconds["model"] * len(found.train) > 0.999
-    images = PackagedSet("set", "", "", "", found.train, found.valid, found.test)
+    images = SplitSet("set", "", "", "", found.train, found.valid, found.test)
     trained = trial.run(Detector(lite0, Sleeper()), images)
     assert trained.fit_model_seconds is not None
     assert trained.fit_model_seconds > 0.999
@@ -390,28 +389,13 @@ def test_differences_are_measured_minus_published(report: Report) -> None:
 # The command line
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dinofast", "evaluate", "--protocol", "bmad", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Result(stop.value.code if isinstance(stop.value.code, int) else 0, out, err)
-
-    return run
+def call(call: Call) -> Call:
+    """Run the protocol's command."""
+    return partial(call, "evaluate", "--protocol", "bmad")
 
 
-def test_the_command_writes_the_whole_report(
-    call: Callable[..., Result], brain: Path, report: Report, tmp_path: Path
-) -> None:
+def test_the_command_writes_the_whole_report(call: Call, brain: Path, report: Report, tmp_path: Path) -> None:
     out, saved, again = tmp_path / "a.json", tmp_path / "d.safetensors", tmp_path / "b.json"
     first = call(brain, "memory_bank", *LITE, "--out", out, "--save", saved, "--json")
     assert (first.code, first.err) == (0, "")
@@ -432,7 +416,7 @@ def test_the_command_writes_the_whole_report(
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", "d.safetensors"}
 
 
-def test_the_command_for_people(call: Callable[..., Result], brain: Path, tmp_path: Path) -> None:
+def test_the_command_for_people(call: Call, brain: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.json"
     assert call(brain, "memory_bank", *LITE, "--out", out).code == 0
     options = ("--param", "n_neighbors=2", "--thresholds", "patch", "--shots", 2, "--against", out)
@@ -455,7 +439,7 @@ def test_the_command_for_people(call: Callable[..., Result], brain: Path, tmp_pa
     assert "│ 2, 5" in found.out
 
 
-def test_runs_that_cannot_be_compared(call: Callable[..., Result], brain: Path, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared(call: Call, brain: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.json"
     assert call(brain, "memory_bank", *LITE, "--out", out, "--no-regions", "--json").code == 0
     other = call(brain, "memory_bank", *LITE, "--against", out, "--map-size", "240")
@@ -494,7 +478,7 @@ def test_runs_that_cannot_be_compared(call: Callable[..., Result], brain: Path, 
     ],
 )
 def test_what_the_command_refuses(
-    call: Callable[..., Result],
+    call: Call,
     brain: Path,
     monkeypatch: pytest.MonkeyPatch,
     args: tuple[str, ...],

@@ -40,6 +40,19 @@ def save(path: Path, image: RGB, **options: Any) -> Path:
     return path
 
 
+def cloth_tree(root: Path) -> Path:
+    """Write MVTec's layout: 4 images to learn, 3 good ones and 3 with a spot to test, with masks."""
+    truth = np.zeros((96, 96), np.uint8)
+    truth[64:, 64:] = 255
+    for i in range(4):
+        save(root / "train" / "good" / f"{i:03d}.png", weave(i))
+    for i in range(3):
+        save(root / "test" / "good" / f"{i:03d}.png", weave(10 + i))
+        save(root / "test" / "stain" / f"{i:03d}.png", spoiled(20 + i))
+        save(root / "ground_truth" / "stain" / f"{i:03d}_mask.png", truth)
+    return root
+
+
 def scan(path: Path, n_slices: int = 4, seed: int = 0, **bad: Any) -> Path:
     """Write a NIfTI of cloth with a tilted, anisotropic affine; `bad` puts values at [0, 0, 0], [1, 1, 1]."""
     voxels = np.stack([weave(seed + i)[..., 0].T for i in range(n_slices)], -1).astype(np.float32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dinofast.data import rider
 from dinofast.data.fetch import Progress
 from dinofast.data.nifti import Volume, mask_stack, volume
 from dinofast.data.sample import Mask, Sample
+from dinofast.data.split import SplitSet
 from dinofast.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -19,28 +20,14 @@ NAMES = ("brain", "lung-ct")
 
 
 @dataclass(frozen=True)
-class DemoSet:
+class DemoSet(SplitSet):
     """A data set to fit on normal slices and to score the others with pixel truth.
 
     Attributes:
-        name: one of `NAMES`.
-        citation: whom to cite.
-        license: name of the license of the data.
-        note: what a reader of the figures must know.
-        fit: normal slices.
-        calibrate: other normal slices, for thresholds; empty where there are too few slices.
-        test: slices with a lesion, each with its mask.
         volume: the volume that all slices come from; its `write` takes their maps.
         region_path: volume whose voxels other than 0 are judged; None for all voxels.
     """
 
-    name: str
-    citation: str
-    license: str
-    note: str
-    fit: list[Sample] = field(repr=False)
-    calibrate: list[Sample] = field(repr=False)
-    test: list[Sample] = field(repr=False)
     volume: Volume
     region_path: Path | None = None
 

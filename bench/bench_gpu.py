@@ -46,10 +46,12 @@ def bench_gpu_kernel(benchmark: BenchmarkFixture, op: str, size: str, dtype: str
         "tflops": cost.flops / times.eager / 1e12,
         "tbytes": cost.bytes / times.eager / 1e12,
         "share_of_gpu_ceiling": share,
+        "peak_extra_bytes": times.peak_extra,
     }
     line = f"{op} {size} {dtype} {contender}: {1e6 * times.eager:.1f} µs"
     line += f", {1e6 * times.graph:.1f} captured" if times.graph else f", not captured ({times.why})"
     line += f", {facts['tflops']:.1f} TFLOP/s, {facts['tbytes']:.2f} TB/s, {share:.0%} of the ceiling"
+    line += f", {times.peak_extra / 2**20:.1f} MiB extra"
     if contender.startswith(OURS):
         for peer in ("torch", "compiled reference"):
             facts[f"ratio_to_{peer}"] = times.eager / timed(op, size, dtype, peer).eager

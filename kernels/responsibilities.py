@@ -3,7 +3,7 @@
 With u = x - c, v = m - c for the mean c of all means m: Σ λ (x - m)² = Σ λ u² - 2 Σ λ v u + Σ λ v². Of these
 `bound` computes s and t for the first two sums, from factors rounded to bfloat16. Each factor errs by 2⁻⁹ of
 itself, a sum of D terms by less than (D + 16) 2⁻²¹ of its terms' magnitudes, and those of the second sum are
-at most √(Σ λ u² Σ λ v²) (Cauchy and Schwarz). So the form errs by at most e (s + 2 √(s Σ λ v²) + Σ λ v²), with
+at most √(Σ λ u² Σ λ v²) (Cauchy and Schwarz). So the form errs by at most e (s + 2 √(s Σ λ v²) + Σ λ v²);
 e = 2⁻⁸ (1 + 2⁻⁵) + (D + 16) 2⁻²¹. Where factors leave the range of bfloat16, the bound is that of x = m.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

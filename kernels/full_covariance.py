@@ -178,23 +178,28 @@ class Full:
         rounding = 1.01 * 2 * (d + 2) * 2**-53 * trace
         self.slack = torch.stack([rounding, rounding * means.double().square().sum(1)], 1).float()
 
+    def bound(self, rows: Tensor, bounds: Tensor) -> None:
+        """Bound the log-probabilities of rows (n, D) from above: bounds (K, at least n)."""
+        (n, d), k = rows.shape, self.means.shape[0]
+        norms = torch.empty(n, dtype=torch.float32, device=rows.device)
+        square_norms[(triton.cdiv(n, NORM_ROWS),)](
+            rows, n, d, rows.stride(0), norms, NORM_ROWS, NORM_DEPTH, **OPTIONS
+        )
+        bound[(triton.cdiv(n, BOUND_ROWS), k)](
+            rows, self.means, self.tails, self.size, self.slack, norms, self.constants, bounds,
+            n, d, rows.stride(0), bounds.stride(0), self.tail, BOUND_ROWS, TAIL, rows.is_cpu, **OPTIONS,
+        )  # fmt: skip
+
     def assign(
         self, rows: Tensor, weights: Tensor, log_likelihood: Tensor, index: Tensor, used: Tensor
     ) -> None:
         """Fill weights (K, at least n) and log_likelihood (n,) of a chunk of rows (n, D)."""
         (n, d), k, stride, device = rows.shape, self.means.shape[0], weights.stride(0), rows.device
-        norms = torch.empty(n, dtype=torch.float32, device=device)
         chosen = torch.empty(n, dtype=torch.int32, device=device)
         best = torch.empty(n, dtype=torch.float64, device=device)
         if self.values is None:
             self.values = torch.empty(weights.shape, dtype=torch.float64, device=device)
-        square_norms[(triton.cdiv(n, NORM_ROWS),)](
-            rows, n, d, rows.stride(0), norms, NORM_ROWS, NORM_DEPTH, **OPTIONS
-        )
-        bound[(triton.cdiv(n, BOUND_ROWS), k)](
-            rows, self.means, self.tails, self.size, self.slack, norms, self.constants, weights,
-            n, d, rows.stride(0), stride, self.tail, BOUND_ROWS, TAIL, rows.is_cpu, **OPTIONS,
-        )  # fmt: skip
+        self.bound(rows, weights)
         blocks = (triton.cdiv(n, ROWS),)
         choose[blocks](weights, chosen, n, k, stride, ROWS, WIDTH, **OPTIONS)
         for first in (True, False):

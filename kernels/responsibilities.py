@@ -280,14 +280,19 @@ class Diagonal:
             self.failed, d, *self.strides, PACK_DEPTH, **OPTIONS,
         )  # fmt: skip
 
+    def bound(self, rows: Tensor, bounds: Tensor) -> None:
+        """Bound the log-probabilities of rows (n, D) from above: bounds (K, at least n)."""
+        (n, d), k = rows.shape, self.means.shape[0]
+        bound[(triton.cdiv(n, BOUND_ROWS), triton.cdiv(k, BOUND_COMPONENTS))](
+            rows, self.center, self.scale, self.linear, self.constants, self.spread, bounds,
+            n, k, d, rows.stride(0), bounds.stride(0), self.error,
+            BOUND_ROWS, BOUND_COMPONENTS, BOUND_DEPTH, rows.is_cpu, **OPTIONS,
+        )  # fmt: skip
+
     def assign(self, rows: Tensor, weights: Tensor, log_likelihood: Tensor) -> None:
         """Fill weights (K, at least n) and log_likelihood (n,) of a chunk of rows (n, D)."""
         (n, d), k, stride = rows.shape, self.means.shape[0], weights.stride(0)
-        bound[(triton.cdiv(n, BOUND_ROWS), triton.cdiv(k, BOUND_COMPONENTS))](
-            rows, self.center, self.scale, self.linear, self.constants, self.spread, weights,
-            n, k, d, rows.stride(0), stride, self.error,
-            BOUND_ROWS, BOUND_COMPONENTS, BOUND_DEPTH, rows.is_cpu, **OPTIONS,
-        )  # fmt: skip
+        self.bound(rows, weights)
         assign[(triton.cdiv(n, ROWS),)](
             rows, self.means, self.precisions, self.constants, weights, log_likelihood,
             n, k, d, rows.stride(0), *self.strides, stride, self.drop, ROWS, WIDTH, DEPTH, **ASSIGN_OPTIONS,

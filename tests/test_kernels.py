@@ -164,7 +164,10 @@ hold(
     "dpm_stats": """
 hold("dpm_stats", [], ["diag NaN row", "spherical variance 1e-6", "full 130x7x33", "diag strided"])
 import math
-from dinofast.kernels import dpm_stats, responsibilities
+from dinofast.kernels import dpm_stats
+from dinofast.kernels.full_covariance import Full
+from dinofast.kernels.responsibilities import Diagonal
+from dinofast.ops.dpm_stats import negligible_nats
 generator = torch.Generator().manual_seed(0)
 op = OPS["dpm_stats"]
 kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
@@ -181,11 +184,32 @@ def mixture(n, k, d, kind, spread=1.0, variance=1.0):
         precisions = precisions if kind == "diag" else precisions[:, 0].contiguous()
     return x, means, precisions, torch.randn(k, generator=generator).log_softmax(0), kind
 
+
+def assert_bounds_are_above(x, means, precisions, log_weights, kind):
+    truth = [
+        op.reference(*(t.double() for t in (x, means[[i]], precisions[[i]], log_weights[[i]])), kind)[0]
+        for i in range(len(means))
+    ]
+    bounds = torch.full((len(means), 64), torch.nan)
+    (Full if kind == "full" else Diagonal)(means, precisions, log_weights, 1.0).bound(x, bounds)
+    truth, bounds = torch.stack(truth), bounds[:, : len(x)].double()
+    assert bool((bounds >= truth).all()), kind
+    return (bounds >= truth.amax(0) - negligible_nats(len(means))).double().mean()
+
 for kind in ("diag", "spherical", "full"):
     for args in (
         mixture(20, 18, 35, kind, 0.3), mixture(9, 7, 70, kind, 5.0), mixture(17, 5, 9, kind, 1e-3, 1e-8)
     ):
         assert_kernel(op, kernel, args)
+        assert_bounds_are_above(*args)
+    x, means, *others = mixture(30, 20, 130, kind, 3.0)
+    assert assert_bounds_are_above(x, means, *others) < 0.06
+    assert_bounds_are_above(x + 100, means + 100, *others)
+    assert_bounds_are_above(1e15 * x, 1e15 * means, *others)
+    nats = negligible_nats(4) * torch.tensor([0.0, 0.999, 1.001, 2.0])
+    ones = {"diag": torch.ones(4, 1), "spherical": torch.ones(4), "full": torch.ones(4, 1, 1)}[kind]
+    count = kernel.run(torch.zeros(1, 1), (2 * nats).sqrt()[:, None], ones, torch.zeros(4), kind)[1]
+    assert (count > 0).tolist() == [True, True, False, False]
     for size in (1e-30, 1e15):
         args = mixture(10, 6, 5, kind)
         args[0][::3] *= size

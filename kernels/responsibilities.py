@@ -20,14 +20,18 @@ from torch import Tensor
 
 PACK_DEPTH = 128
 BOUND_ROWS, BOUND_COMPONENTS, BOUND_DEPTH = 64, 64, 64
-ROWS, WIDTH, DEPTH = 8, 512, 64
+ROWS, WIDTH, DEPTH = 8, 256, 64
+BLOCK, BLOCK_DEPTH = 8, 16
+CROWD = 8
+"""Pairs a row above which all are computed, BLOCK components at a time."""
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-ASSIGN_OPTIONS = OPTIONS | {"num_warps": 8}
 HALF_LOG_TAU = tl.constexpr(0.5 * math.log(2 * math.pi))
 LEAST, MOST = tl.constexpr(2.0**-100), tl.constexpr(2.0**100)
 SLACK = tl.constexpr(2.0**-20)
 """Relative, and in nats: more than what float32 does to an upper bound."""
 NOTHING = tl.constexpr(float("-inf"))
+FAR = tl.constexpr(1024.0)
+"""Nats that a float32 difference may span and still be as good as the rest."""
 
 
 @triton.jit
@@ -129,6 +133,26 @@ def quadratic(
 
 
 @triton.jit
+def quadratics(
+    rows, means, precisions, row, first, n, k, d, row_stride, precision_stride, channel_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Sum λ (x - m)² in float64 for all pairs of rows and BLOCK components from `first` on."""
+    total = tl.zeros((ROWS, BLOCK, DEPTH), tl.float64)
+    component = first + tl.arange(0, BLOCK)
+    for start in range(0, d, DEPTH):
+        channel = start + tl.arange(0, DEPTH)
+        x = load_rows(rows, row, channel, n, d, row_stride).to(tl.float64)
+        mean = load_rows(means, component, channel, k, d, d).to(tl.float64)
+        place = component.to(tl.int64)[:, None] * precision_stride + channel[None, :] * channel_stride
+        there = (component < k)[:, None] & (channel < d)[None, :]
+        precision = tl.load(precisions + place, mask=there, other=0.0).to(tl.float64)
+        gap = x[:, None, :] - mean[None, :, :]
+        total += precision[None, :, :] * gap * gap
+    return tl.sum(total, 2)
+
+
+@triton.jit
 def floor_of(best, drop):
     """Give what an upper bound must reach, in float32, to matter beside a component that reaches `best`."""
     return (best - drop - SLACK * (1 + tl.abs(best))).to(tl.float32)
@@ -190,10 +214,12 @@ def assign(
     rows, means, precisions, constants, bounds, log_likelihood,
     n, k, d, row_stride, precision_stride, channel_stride, stride, drop,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    CROWD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Turn the bounds of ROWS rows into responsibilities: compute the pair of largest bound, again and again.
 
-    A row is done when no other pair's bound comes within `drop` nats of the best pair computed.
+    A row is done when no other pair's bound comes within `drop` nats of the best pair computed. Where more
+    than CROWD pairs a row seem to matter, all are computed.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = widest(bounds, row, n, k, stride, ROWS, WIDTH)
@@ -209,12 +235,32 @@ def assign(
     broken = ~(form < float("inf")) | (tl.max(unknown, 0) > 0)
     best = tl.load(constants + at) - 0.5 * form
     for start in range(0, k, WIDTH):
-        column = start + tl.arange(0, WIDTH)
         place, there = pairs(row, start, n, k, stride, WIDTH)
         waiting = tl.load(bounds + place, mask=there, other=float("-inf"))
         waiting = tl.where(broken[:, None], float("-inf"), waiting)
         found = tl.full((ROWS, WIDTH), float("-inf"), tl.float32)
         before = or_zero(best)
+        near = (waiting > NOTHING) & (waiting >= floor_of(best, drop)[:, None])
+        if tl.sum(tl.sum(near.to(tl.int32), 1), 0) > CROWD * ROWS:
+            top = best
+            for block in range(start, tl.minimum(start + WIDTH, k), BLOCK):
+                forms = quadratics(
+                    rows, means, precisions, row, block, n, k, d, row_stride, precision_stride,
+                    channel_stride, ROWS, BLOCK, BLOCK_DEPTH,
+                )  # fmt: skip
+                inside, known = pairs(row, block, n, k, stride, BLOCK)
+                member = block + tl.arange(0, BLOCK)
+                constant = tl.load(constants + member, mask=member < k, other=0.0)
+                exact = tl.where(known & ~broken[:, None], constant[None, :] - 0.5 * forms, float("-inf"))
+                top = tl.maximum(top, tl.max(exact, 1))
+                tl.store(bounds + inside, (exact - before[:, None]).to(tl.float32), mask=known)
+            tl.debug_barrier()
+            if tl.max(or_zero(top) - before, 0) < FAR:
+                best = top
+                waiting = tl.full((ROWS, WIDTH), float("-inf"), tl.float32)
+                found = tl.load(bounds + place, mask=there, other=float("-inf"))
+                found += (before - or_zero(best)).to(tl.float32)[:, None]
+        column = start + tl.arange(0, WIDTH)
         value, at = first_largest(waiting, column)
         enters = (value > NOTHING) & (value >= floor_of(best, drop))
         while tl.max(enters.to(tl.int32), 0) > 0:
@@ -295,7 +341,8 @@ class Diagonal:
         self.bound(rows, weights)
         assign[(triton.cdiv(n, ROWS),)](
             rows, self.means, self.precisions, self.constants, weights, log_likelihood,
-            n, k, d, rows.stride(0), *self.strides, stride, self.drop, ROWS, WIDTH, DEPTH, **ASSIGN_OPTIONS,
+            n, k, d, rows.stride(0), *self.strides, stride, self.drop,
+            ROWS, WIDTH, DEPTH, CROWD, BLOCK, BLOCK_DEPTH, **OPTIONS,
         )  # fmt: skip
 
 
@@ -315,6 +362,7 @@ def variants() -> list[Variant]:
         found.append(Variant(f"dpm_stats.bound {name}", bound, signature, constants, OPTIONS))
         signature = common | strides | {"means": table, "precisions": table, "constants": wide, "d": whole}
         signature |= {"log_likelihood": table, "drop": "fp32"}
-        constants = {"ROWS": ROWS, "WIDTH": WIDTH, "DEPTH": DEPTH}
-        found.append(Variant(f"dpm_stats.assign {name}", assign, signature, constants, ASSIGN_OPTIONS))
+        constants = {"ROWS": ROWS, "WIDTH": WIDTH, "DEPTH": DEPTH, "CROWD": CROWD}
+        constants |= {"BLOCK": BLOCK, "BLOCK_DEPTH": BLOCK_DEPTH}
+        found.append(Variant(f"dpm_stats.assign {name}", assign, signature, constants, OPTIONS))
     return found

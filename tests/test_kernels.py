@@ -166,6 +166,7 @@ hold("dpm_stats", [], ["diag NaN row", "spherical variance 1e-6", "full 130x7x33
 import math
 from dinofast.kernels import dpm_stats
 from dinofast.kernels.full_covariance import Full
+from dinofast.kernels import full_covariance, responsibilities
 from dinofast.kernels.responsibilities import Diagonal
 from dinofast.ops.dpm_stats import negligible_nats
 generator = torch.Generator().manual_seed(0)
@@ -196,9 +197,11 @@ def assert_bounds_are_above(x, means, precisions, log_weights, kind):
     assert bool((bounds >= truth).all()), kind
     return (bounds >= truth.amax(0) - negligible_nats(len(means))).double().mean()
 
+responsibilities.WIDTH = full_covariance.WIDTH = 16
 for kind in ("diag", "spherical", "full"):
     for args in (
-        mixture(20, 18, 35, kind, 0.3), mixture(9, 7, 70, kind, 5.0), mixture(17, 5, 9, kind, 1e-3, 1e-8)
+        mixture(20, 18, 35, kind, 0.3), mixture(9, 7, 70, kind, 5.0), mixture(17, 5, 9, kind, 1e-3, 1e-8),
+        mixture(9, 18, 5, kind, 0.0),
     ):
         assert_kernel(op, kernel, args)
         assert_bounds_are_above(*args)

@@ -162,7 +162,7 @@ hold(
 )
 """,
     "dpm_stats": """
-hold("dpm_stats", [], ["diag NaN row", "spherical variance 1e-6", "full 130x7x33", "diag strided"])
+hold("dpm_stats", [], ["diag strided", "spherical variance 1e-6", "full NaN row"])
 import math
 from dinofast.kernels import dpm_stats
 from dinofast.kernels.full_covariance import Full
@@ -200,7 +200,7 @@ def assert_bounds_are_above(x, means, precisions, log_weights, kind):
 responsibilities.WIDTH = full_covariance.WIDTH = 16
 for kind in ("diag", "spherical", "full"):
     for args in (
-        mixture(20, 18, 35, kind, 0.3), mixture(9, 7, 70, kind, 5.0), mixture(17, 5, 9, kind, 1e-3, 1e-8),
+        mixture(12, 18, 35, kind, 0.3), mixture(9, 7, 70, kind, 5.0), mixture(17, 5, 9, kind, 1e-3, 1e-8),
         mixture(9, 18, 5, kind, 0.0),
     ):
         assert_kernel(op, kernel, args)
@@ -220,7 +220,7 @@ for kind in ("diag", "spherical", "full"):
     args[0][::3] *= 1e15  # beyond float32 the log-likelihood is -inf, the sums are not
     for got, wanted in zip(kernel.run(*args)[:3], op.reference(*args)):
         torch.testing.assert_close(got, wanted)
-    args = mixture(70, 5, 6, kind, 0.5)
+    args = mixture(66, 3, 4, kind, 0.5)
     whole = kernel.run(*args)
     assert all(torch.equal(a, b) for a, b in zip(whole, kernel.run(*args)))
     sizes = dict(dpm_stats.PAIRS)

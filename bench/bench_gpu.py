@@ -49,10 +49,12 @@ def bench_gpu_kernel(benchmark: BenchmarkFixture, op: str, size: str, dtype: str
         "tflops": cost.flops / times.eager / 1e12,
         "tbytes": cost.bytes / times.eager / 1e12,
         "share_of_gpu_ceiling": share,
+        "peak_extra_bytes": times.peak_extra,
     }
     line = f"{op} {size} {dtype} {contender}: {1e6 * times.eager:.1f} µs"
     line += f", {1e6 * times.graph:.1f} captured" if times.graph else f", not captured ({times.why})"
     line += f", {facts['tflops']:.1f} TFLOP/s, {facts['tbytes']:.2f} TB/s, {share:.0%} of the ceiling"
+    line += f", {times.peak_extra / 2**20:.1f} MiB extra"
     for ours in [] if contender.startswith(OURS) else [name for name in known if name.startswith(OURS)]:
         facts[f"ratio_of_{ours}"] = ratio = known[ours].eager / times.eager
         line += f"; {ours} {1 / ratio:.2f}× as fast"

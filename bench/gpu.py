@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from bench.measure import OURS, Call, Ceiling, Gate
-from bench.peers import _torch_max, _torch_topk
+from bench.peers import _torch_full, _torch_max, _torch_products, _torch_topk
 from bench.shapes import SHAPES, unit_rows
 from dinofast.ops import OPS
-from dinofast.testing import cast_inputs
+from dinofast.testing import as_tuple, cast_inputs
 
 REPEATS = 50
 COLD_BYTES = 1 << 28
@@ -34,6 +34,8 @@ SIZES = {
     ("cosine_max", "bank_1024x100000"): ("float32", "bfloat16"),
     ("knn_topk", "bank_1024x10000_k3"): ("float32", "bfloat16"),
     ("knn_topk", "bank_1024x100000_random"): ("float32", "bfloat16"),
+    ("dpm_stats", "batch_12288x500_diag"): ("float32",),
+    ("dpm_stats", "part_1024x64_full"): ("float32",),
     ("upsample_blur", "image_32_to_448"): ("float32",),
     ("farthest_point", "random_100000"): ("float32", "bfloat16"),
 }
@@ -61,11 +63,17 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, metric: str) -> Call:
     return _torch_max(queries, bank) if k == 1 else _torch_topk(queries, bank, k, metric)
 
 
+def _mixture(x: Tensor, *parameters: Any) -> Call:
+    full = parameters[-1] == "full"
+    return _torch_full(x, *parameters) if full else _torch_products(x, *parameters)
+
+
 ONE_LINERS: dict[str, Callable[..., Call]] = {
     "cosine_max": _torch_max,
     "cosine_map": _interpolated,
     "knn_topk": _nearest,
     "farthest_point": _farthest,
+    "dpm_stats": _mixture,
 }
 """Operator -> plain torch for the same work, on rows of norm 1; where there is none, its reference stands."""
 
@@ -103,12 +111,14 @@ class Times:
         samples: all of them.
         graph: median of the captured call; None where it cannot be captured.
         why: the reason for that.
+        peak_extra: most bytes that a call holds beside its arguments and results.
     """
 
     eager: float
     samples: list[float]
     graph: float | None
     why: str
+    peak_extra: int
 
 
 def measure(call: Call) -> Times:
@@ -117,6 +127,7 @@ def measure(call: Call) -> Times:
     with torch.cuda.stream(side):
         call(), call()
     torch.cuda.synchronize()
+    peak = _peak_extra(call)
     samples = _samples(call)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -124,8 +135,16 @@ def measure(call: Call) -> Times:
             call()
     except RuntimeError as error:  # a peer may wait for the device; that is told, not hidden
         torch.cuda.synchronize()
-        return Times(statistics.median(samples), samples, None, str(error).splitlines()[0])
-    return Times(statistics.median(samples), samples, statistics.median(_samples(graph.replay)), "")
+        return Times(statistics.median(samples), samples, None, str(error).splitlines()[0], peak)
+    return Times(statistics.median(samples), samples, statistics.median(_samples(graph.replay)), "", peak)
+
+
+def _peak_extra(call: Call) -> int:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = as_tuple(call())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(result.nbytes for result in results)
 
 
 def _samples(call: Call) -> list[float]:

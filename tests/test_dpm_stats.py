@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinofast import ops
-from dinofast.ops.dpm_stats import pairs_evaluated
+from dinofast.ops.dpm_stats import negligible_nats, pairs_evaluated
 from dinofast.ops.registry import OPS
 from dinofast.testing import assert_kernel, cast_inputs
 
@@ -127,14 +127,22 @@ def test_stated_error_where_the_screen_must_decide(isa, kind):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, d, generator=generator)
     direction = torch.nn.functional.normalize(torch.randn(k, d, generator=generator), dim=1)
-    threshold = 32 * math.log(2) + math.log(k)
-    nats = torch.linspace(0.9, 1.1, k) * threshold
+    nats = torch.linspace(0.9, 1.1, k) * negligible_nats(k)
     nats[0] = 0
     means = x[:1] + direction * (2 * nats[:, None]).sqrt() * 1e-3
     precisions = {"diag": torch.ones(k, d), "spherical": torch.ones(k), "full": torch.eye(d).repeat(k, 1, 1)}
     args = (x, means, 1e6 * precisions[kind], torch.full((k,), -math.log(k)), kind)
     assert_within_stated_error(args)
     assert kind == "full" or 0 < pairs_evaluated(*args) < 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_out_is_what_the_operator_states(isa, kind):
+    nats = negligible_nats(4) * torch.tensor([0.0, 0.999, 1.001, 2.0])
+    means = (2 * nats).sqrt()[:, None]
+    precisions = {"diag": torch.ones(4, 1), "spherical": torch.ones(4), "full": torch.ones(4, 1, 1)}[kind]
+    _, count, _, _ = ops.dpm_stats(torch.zeros(1, 1), means, precisions, torch.zeros(4), kind)
+    assert (count > 0).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)

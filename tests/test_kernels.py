@@ -174,6 +174,91 @@ hold(
     ["33x7x33", "NaN and inf rows", "duplicate rows"],
 )
 """,
+    "dpm_stats": """
+hold("dpm_stats", [], ["diag strided", "spherical variance 1e-6", "full NaN row"])
+import math
+from dinofast.kernels import dpm_stats
+from dinofast.kernels.full_covariance import Full
+from dinofast.kernels import full_covariance, responsibilities
+from dinofast.kernels.responsibilities import Diagonal
+from dinofast.ops.dpm_stats import negligible_nats
+generator = torch.Generator().manual_seed(0)
+op = OPS["dpm_stats"]
+kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
+
+def mixture(n, k, d, kind, spread=1.0, variance=1.0):
+    means = spread * torch.randn(k, d, generator=generator)
+    owner = torch.randint(k, (n,), generator=generator)
+    x = means[owner] + variance**0.5 * torch.randn(n, d, generator=generator)
+    if kind == "full":
+        root = torch.randn(k, d, 2 * d, generator=generator) * torch.logspace(-1, 1, d)[:, None]
+        precisions = root @ root.mT / (2 * d * variance)
+    else:
+        precisions = torch.exp(torch.randn(k, d, generator=generator)) / variance
+        precisions = precisions if kind == "diag" else precisions[:, 0].contiguous()
+    return x, means, precisions, torch.randn(k, generator=generator).log_softmax(0), kind
+
+
+def assert_bounds_are_above(x, means, precisions, log_weights, kind):
+    truth = [
+        op.reference(*(t.double() for t in (x, means[[i]], precisions[[i]], log_weights[[i]])), kind)[0]
+        for i in range(len(means))
+    ]
+    bounds = torch.full((len(means), 64), torch.nan)
+    (Full if kind == "full" else Diagonal)(means, precisions, log_weights, 1.0).bound(x, bounds)
+    truth, bounds = torch.stack(truth), bounds[:, : len(x)].double()
+    assert bool((bounds >= truth).all()), kind
+    return (bounds >= truth.amax(0) - negligible_nats(len(means))).double().mean()
+
+responsibilities.WIDTH = full_covariance.WIDTH = 16
+for kind in ("diag", "spherical", "full"):
+    for args in (
+        mixture(12, 18, 35, kind, 0.3), mixture(9, 7, 70, kind, 5.0), mixture(17, 5, 9, kind, 1e-3, 1e-8),
+        mixture(9, 18, 5, kind, 0.0),
+    ):
+        assert_kernel(op, kernel, args)
+        assert_bounds_are_above(*args)
+    x, means, *others = mixture(30, 20, 130, kind, 3.0)
+    assert assert_bounds_are_above(x, means, *others) < 0.06
+    assert_bounds_are_above(x + 100, means + 100, *others)
+    assert_bounds_are_above(1e15 * x, 1e15 * means, *others)
+    nats = negligible_nats(4) * torch.tensor([0.0, 0.999, 1.001, 2.0])
+    ones = {"diag": torch.ones(4, 1), "spherical": torch.ones(4), "full": torch.ones(4, 1, 1)}[kind]
+    count = kernel.run(torch.zeros(1, 1), (2 * nats).sqrt()[:, None], ones, torch.zeros(4), kind)[1]
+    assert (count > 0).tolist() == [True, True, False, False]
+    for size in (1e-30, 1e15):
+        args = mixture(10, 6, 5, kind)
+        args[0][::3] *= size
+        assert_kernel(op, kernel, args)
+    args[0][::3] *= 1e15  # beyond float32 the log-likelihood is -inf, the sums are not
+    for got, wanted in zip(kernel.run(*args)[:3], op.reference(*args)):
+        torch.testing.assert_close(got, wanted)
+    args = mixture(66, 3, 4, kind, 0.5)
+    whole = kernel.run(*args)
+    assert all(torch.equal(a, b) for a, b in zip(whole, kernel.run(*args)))
+    sizes = dict(dpm_stats.PAIRS)
+    dpm_stats.PAIRS.update(diagonal=1, full=1)  # chunks of 64 rows
+    assert_kernel(op, kernel, args)
+    assert torch.equal(kernel.run(*args)[0], whole[0])
+    dpm_stats.PAIRS.update(sizes)
+    for position in (1, 3):
+        for value in (math.nan, math.inf):
+            args = mixture(9, 3, 4, kind)
+            args[position].view(-1)[1] = value
+            assert all(bool(result.isnan().all()) for result in kernel.run(*args)), (kind, position, value)
+    args = mixture(5, 3, 4, kind)
+    args[3].fill_(-torch.inf)
+    log_likelihood, *sums = kernel.run(*args)
+    assert log_likelihood.tolist() == [-math.inf] * 5 and not any(bool((s != 0).any()) for s in sums)
+    args[2][1] *= -1
+    try:
+        kernel.run(*args)
+    except RuntimeError as error:
+        wanted = "precisions of component 1 are not positive definite" if kind == "full" else "be positive"
+        assert wanted in str(error), error
+    else:
+        sys.exit("negative precisions were not refused")
+""",
     "farthest_point": """
 hold("farthest_point", [], [s.name for s in OPS["farthest_point"].samples()])
 rows = torch.randn(300, 6)

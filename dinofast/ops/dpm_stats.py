@@ -154,6 +154,21 @@ def log_constants(means: Tensor, precisions: Tensor, log_weights: Tensor, covari
     return constants + factorize(means, precisions.double(), covariance_type)[0]
 
 
+def negligible_nats(components: int) -> float:
+    """Give how far below a row's best component any other is left out, in nats.
+
+    All that is left out together holds less than 2⁻³² of a row's responsibilities.
+    """
+    return 32 * math.log(2) + math.log(components)
+
+
+def require_positive(failed: int, covariance_type: str) -> None:
+    """Raise RuntimeError if `failed`, a component with precisions that are not positive, is not −1."""
+    if covariance_type == "full":
+        require_definite(failed)
+    require(failed < 0, lambda: "dpm_stats: precisions must be positive")
+
+
 def require_definite(failed: int) -> None:
     """Raise RuntimeError if `failed`, the number of a component, is not −1."""
     require(failed < 0, lambda: f"dpm_stats: precisions of component {failed} are not positive definite")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dinofast.ops.cosine_map import _fake as cosine_map_results
 from dinofast.ops.cosine_max import _fake as cosine_max_results
+from dinofast.ops.dpm_stats import _fake as dpm_stats_results
+from dinofast.ops.dpm_stats import negligible_nats, require_positive
 from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
@@ -171,6 +173,32 @@ def _kmeans_step(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor,
     return index, sq_distance, sums, counts
 
 
+def _refuse_dpm_stats(x: Tensor, means: Tensor, *_: object) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"wants float32, bfloat16 or float16, got {x.dtype}"
+    if max(x.shape[0], means.shape[0]) > _MOST_ROWS:
+        return f"wants at most 2**30 rows and components, got {x.shape[0]} and {means.shape[0]}"
+    return None
+
+
+def _dpm_stats(
+    x: Tensor, means: Tensor, precisions: Tensor, log_weights: Tensor, covariance_type: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from dinofast.kernels.dpm_stats import dpm_stats
+
+    results = dpm_stats_results(x, means, precisions, log_weights, covariance_type)
+    log_likelihood, count, first, second = results
+    wide = torch.empty_like(first) if covariance_type == "spherical" else second
+    drop = negligible_nats(means.shape[0])
+    with _on(x):
+        parameters = means.contiguous(), precisions.contiguous(), log_weights.contiguous()
+        failed = dpm_stats(dense(x), *parameters, drop, log_likelihood, (count, first, wide))
+        require_positive(failed, covariance_type)
+        if covariance_type == "spherical":
+            torch.sum(wide, 1, out=second)
+    return results
+
+
 if importlib.util.find_spec("triton") is None:
     MISSING["triton"] = "triton is not installed; pip install 'dinofast[triton]'"
 elif importlib.util.find_spec("dinofast.kernels") is None:
@@ -185,3 +213,4 @@ else:
     provide("cosine_map", Kernel("triton", _DEVICES, _cosine_map, _refuse_cosine_map))
     provide("farthest_point", Kernel("triton", _DEVICES, _farthest_point, _refuse_rows))
     provide("kmeans_step", Kernel("triton", _DEVICES, _kmeans_step, _refuse_rows))
+    provide("dpm_stats", Kernel("triton", _DEVICES, _dpm_stats, _refuse_dpm_stats))

@@ -39,10 +39,10 @@ class Bank:
 
     "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
     bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups
-    that the triangle inequality rules out, and compares the rest by outlines first: up to 92 principal
-    coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These three give the
-    same results, bit for bit. "approximate" looks only into the groups nearest to a query and may miss
-    neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a
+    that the triangle inequality rules out, and compares the rest by outlines first: 32, then up to 96
+    principal coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These
+    three give the same results, bit for bit. "approximate" looks only into the groups nearest to a query and
+    may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a
     search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without int8
     instructions), else "lowp" with such instructions, else "float32".
 
@@ -300,7 +300,7 @@ def _cost(visited: Tensor, packed: list[Tensor]) -> float:
     forms = dict(zip(FORMS, packed, strict=True))
     m, d = packed[0].shape
     outlines, codes, decided = (visited.double().mean(0) / m).tolist()
-    channels, groups = forms["basis"].shape[1] + 4, len(forms["radius"])
+    channels, groups = forms["basis"].shape[1], len(forms["radius"])
     return float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
 
 

@@ -42,9 +42,9 @@ class Bank:
     that the triangle inequality rules out, and compares the rest by outlines first: 32, then up to 96
     principal coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These
     three give the same results, bit for bit. "approximate" looks only into the groups nearest to a query and
-    may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a
-    search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without int8
-    instructions), else "lowp" with such instructions, else "float32".
+    may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned"
+    where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without
+    int8 instructions), else "lowp" with such instructions, else "float32".
 
     A bank on another device than the CPU, and any bank without the native kernels, is "float32".
 

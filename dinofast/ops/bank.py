@@ -15,7 +15,7 @@ from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
 from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
-from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.knn_topk_bank import FORMS
 from dinofast.ops.mapped_rows import MappedRows
 from dinofast.ops.rows import BLOCK, normalize_rows
 
@@ -43,8 +43,8 @@ class Bank:
     principal coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These
     three give the same results, bit for bit. "approximate" looks only into the groups nearest to a query and
     may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned"
-    where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without
-    int8 instructions), else "lowp" with such instructions, else "float32".
+    where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 %
+    without int8 instructions), else "lowp" with such instructions, else "float32".
 
     A bank on another device than the CPU, and any bank without the native kernels, is "float32".
 
@@ -258,7 +258,9 @@ class Bank:
             return
         reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
         if int8:
-            self._use(packed[:UNGROUPED], "lowp", reason, start)
+            rows = packed[0]
+            packed.clear()  # groups pad their rows: packed without them, codes take less
+            self._use(pack(rows, self.metric, None), "lowp", reason, start)
         else:
             self._use(packed[:1], "float32", reason, start)
 

@@ -36,7 +36,7 @@ PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, i
             reinterpret_cast<const float*>(at[10]),
             {depth, reinterpret_cast<const float*>(at[11]), reinterpret_cast<float*>(at[12]),
              reinterpret_cast<uint8_t*>(at[13]), reinterpret_cast<float*>(at[14]),
-             reinterpret_cast<float*>(at[15])}};
+             reinterpret_cast<float*>(at[15]), reinterpret_cast<float*>(at[16])}};
 }
 
 // (count, pointers of start, index and weight)

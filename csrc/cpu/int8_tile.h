@@ -14,6 +14,20 @@ struct Quantized {
     int32_t sum;
 };
 
+// Quantized rows in a tile, and columns in panels, with what bounds the part of a product that their codes
+// leave out.
+struct CodedRows {
+    const int32_t* tile;
+    const float* scale;
+    const int32_t* sum;  // of the codes
+    const float *tail, *threshold;
+};
+struct CodedColumns {
+    const uint8_t* panels;
+    int64_t quads;
+    const float *scale, *tail, *bias;
+};
+
 struct Int8Tile {
     static constexpr int ROWS = 12, COLUMNS = 32, RUN = 64;
     static constexpr int64_t MAX_D = 1 << 16;  // the sums of products fit 32 bits
@@ -25,6 +39,11 @@ struct Int8Tile {
     int64_t (*sieve)(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                      const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                      const float* bias, const float* threshold, Hit* hits);
+
+    // Write every (row, column) that two bounds let through, and return how many. With a product that counts
+    // both scales, product + tail * tail + bias of the first is not below its threshold; nor is the sum of
+    // both products + tail * tail + bias of the second, which is the score.
+    int64_t (*sift)(const CodedRows rows[2], const CodedColumns columns[2], int64_t count, Hit* hits);
 
     // As Tile::products, of quantized rows: row_scale[row] * scale[column] * product + bias[column]. Null
     // where float32 is as fast.

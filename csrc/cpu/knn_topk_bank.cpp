@@ -11,7 +11,7 @@
 
 #include "group_bounds.h"
 #include "memory.h"
-#include "query_codes.h"
+#include "query_outlines.h"
 #include "threads.h"
 
 namespace dinofast {
@@ -41,23 +41,26 @@ class BankSearch {
           k_(k),
           threads_(threads),
           gamma_(product_error(measure.d)),
-          drawn_error_(bank.groups > 0 ? gamma_ + 4 * bank.outline.error(measure.d) : 0),
           codes_(int8, TILES_OF_CHUNK, measure.d),
-          drawn_(int8, TILES_OF_CHUNK, bank.groups > 0 ? bank.outline.channels() : 0) {
-        own_ = 4 * (d_ + 16) + (BLOCK + 2) * bank.groups;
-        own_ = round_up(std::max(own_, d_ + measure.tile.rows * padded_depth(d_)), 16);
-        scratch_ = allocate<float>(own_ * threads);
+          own_(4 * (d_ + 16) + (BLOCK + 2) * bank.groups) {
+        if (bank.groups > 0) drawn_.emplace(int8, TILES_OF_CHUNK, bank);
         orders_ = allocate<int64_t>(bank.groups * threads);
-        own_codes_ = round_up(codes_.codes_of_tile() + drawn_.codes_of_tile(), 16);
+        own_codes_ = round_up(codes_.codes_of_tile() + (drawn_ ? drawn_->codes_of_tile() : 0), 16);
         gathered_ = allocate<int32_t>(own_codes_ * threads);
-        own_hits_ = std::max(ROWS * (group_ + COLUMNS), GroupBounds::HITS);
+        std::fill_n(gathered_.get(), own_codes_ * threads, 0);
+        own_hits_ = ROWS * (group_ + COLUMNS);
         hits_ = allocate<Hit>(own_hits_ * threads);
     }
 
     void search(const Rows& queries, float* distance, int64_t* index, int64_t* visited) {
         const int64_t chunk = std::min(queries.count, CHUNK_OF_QUERIES);
         prepared_ = allocate<float>(chunk * d_);
-        if (bank_.groups > 0) bounds_.emplace(measure_, bank_, chunk);
+        if (bank_.groups > 0) {
+            bounds_.emplace(measure_, bank_, chunk);
+            own_ = std::max(own_, bounds_->scratch());
+        }
+        own_ = round_up(own_, 16);
+        scratch_ = allocate<float>(own_ * threads_);
         nearest_ = allocate<int64_t>(chunk);
         order_ = allocate<int64_t>(chunk);
         sq_norm_ = allocate<double>(chunk);
@@ -82,7 +85,7 @@ class BankSearch {
 #pragma omp barrier
             if (bank_.groups > 0) {
                 for (int64_t t; (t = next_search.fetch_add(1)) * measure_.tile.rows < count;) {
-                    bounds_->find(t, count, prepared_.get(), sq_norm_.get(), nearest_.get(), hits, mine);
+                    bounds_->find(t, count, prepared_.get(), sq_norm_.get(), nearest_.get(), mine);
                 }
             }
 #pragma omp barrier
@@ -133,22 +136,16 @@ class BankSearch {
 
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        int8_t* const codes = reinterpret_cast<int8_t*>(buffer + d_ + 16);
-        float* const drawn = buffer + 2 * (d_ + 16);
-        const bool outlined = bank_.groups > 0;
         codes_.clear(t);
-        if (outlined) drawn_.clear(t);
+        if (drawn_) drawn_->clear(t);
         for (int64_t i = t * ROWS; i < std::min((t + 1) * ROWS, count); ++i) {
             const int64_t q = order_[i];
             const float* x = prepared_.get() + q * d_;
-            subtract(x, bank_.center, d_, buffer);
-            codes_.fill(i, buffer, *bank_.weight, gamma_, codes);
+            codes_.fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
             candidates.start(i, x, sq_norm_[q], codes_.error(i));
             const bool zero = measure_.metric == Metric::cosine && measure_.sq_norm(x) == 0;
             if (!whole_[q] || zero) candidates.settle(i);
-            if (!outlined) continue;
-            bank_.outline.draw(measure_.tile.lines, buffer, d_, sq_norm_[q], drawn);
-            drawn_.fill(i, drawn, *bank_.outline.weight, drawn_error_, codes);
+            if (drawn_) drawn_->fill(i, bounds_->drawn(q), sq_norm_[q], measure_.origin, buffer);
         }
     }
 
@@ -194,7 +191,7 @@ class BankSearch {
         Compared compared[BLOCK] = {};
         for (int64_t r = 0; r < n; ++r) {
             const int64_t q = order_[begin + r];
-            bounds_->best(q, sq_norm_[q], BLOCK, most + r);
+            bounds_->best(q, BLOCK, most + r);
             enough[r] = probes_ > 0 ? probe_limit(most, r, key) : -INFINITY;
             bar[r] = candidates.threshold(begin + r) == INFINITY ? INFINITY : -MOST;
         }
@@ -246,27 +243,28 @@ class BankSearch {
     // are decided, or scanned where they are many.
     void sift(int64_t begin, const int64_t* block, int64_t n, int64_t first, int64_t columns,
               Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
-        const Outline& outline = bank_.outline;
         int32_t* const gathered = gathered_.get() + own_codes_ * thread_number();
-        QueryTile drawn{gathered, {}, {}}, whole{gathered + drawn_.codes_of_tile(), {}, {}};
-        bool ready = false;
+        QueryTile whole{gathered + drawn_->codes_of_tile(), {}, {}};
+        bool ready = false, fresh = false;
         int64_t queries[ROWS];
         for (int64_t r = 0; r < n; ++r) {
             queries[r] = begin + block[r];
             compared[block[r]][0] += columns;
+            fresh = fresh || candidates.limit(queries[r]) == -INFINITY;
         }
-        drawn_.gather(queries, n, drawn);
+        const QueryOutlines::Tile drawn(*drawn_, queries, n, gathered);
         for (int64_t end = first + columns; first < end; first += group_) {
-            float threshold[ROWS];
-            for (int64_t r = 0; r < ROWS; ++r) {
-                threshold[r] = r < n ? candidates.limit(queries[r]) - drawn_.error(queries[r]) : INFINITY;
-            }
-            const int64_t found = drawn_.sieve(drawn, outline.codes, outline.scale, outline.bias, first,
-                                               std::min(group_, end - first), threshold, hits);
+            float limits[ROWS];
+            for (int64_t r = 0; r < n; ++r) limits[r] = candidates.limit(queries[r]);
+            int64_t found = drawn.sift(first, std::min(group_, end - first), limits, hits);
+            const int64_t dense =
+                fresh ? ROWS * COLUMNS + 1 : DENSE;  // a scan would meet those decided again
+            if (fresh) found = start(queries, n, first, hits, found, candidates, buffer, compared, block);
+            fresh = false;
             for (int64_t h = 0, next; h < found; h = next) {
                 const int64_t panel = hits[h].column / COLUMNS;
                 for (next = h + 1; next < found && hits[next].column / COLUMNS == panel;) ++next;
-                if (next - h >= DENSE) {
+                if (next - h >= dense) {
                     if (!ready) codes_.gather(queries, n, whole);
                     ready = true;
                     scan(whole, queries, n, first + panel * COLUMNS, COLUMNS, candidates,
@@ -278,12 +276,39 @@ class BankSearch {
                     const int64_t r = hits[h].row, row = bank_.index[first + hits[h].column];
                     if (h + 1 < found) prefetch(bank_.index[first + hits[h + 1].column]);
                     if (r >= n || row < 0) continue;
-                    if (hits[h].score + drawn_.error(queries[r]) < candidates.limit(queries[r])) continue;
+                    if (hits[h].score + drawn_->error(queries[r]) < candidates.limit(queries[r])) continue;
                     candidates.decide(queries[r], row, measure_, bank_.rows, buffer);
                     ++compared[block[r]][2];
                 }
             }
         }
+    }
+
+    // Decide the k columns that look nearest to each query, so that a limit is known; return how many of the
+    // other hits, which stay in order, may still matter.
+    int64_t start(const int64_t* queries, int64_t n, int64_t first, Hit* hits, int64_t found,
+                  Candidates& candidates, float* buffer, Compared* compared, const int64_t* block) {
+        float best[ROWS][Candidates::MAX_K];
+        for (int64_t r = 0; r < n; ++r) std::fill_n(best[r], k_, -INFINITY);
+        for (int64_t h = 0; h < found; ++h) {
+            float* const top = best[hits[h].row];
+            if (!(hits[h].score > top[0]) || hits[h].row >= n) continue;
+            std::pop_heap(top, top + k_, std::greater<>());
+            top[k_ - 1] = hits[h].score;
+            std::push_heap(top, top + k_, std::greater<>());
+        }
+        const auto seed = [&](const Hit& hit) { return hit.row < n && hit.score >= best[hit.row][0]; };
+        for (int64_t h = 0; h < found; ++h) {
+            const int64_t row = bank_.index[first + hits[h].column];
+            if (!seed(hits[h]) || row < 0) continue;
+            candidates.decide(queries[hits[h].row], row, measure_, bank_.rows, buffer);
+            ++compared[block[hits[h].row]][2];
+        }
+        const auto idle = [&](const Hit& hit) {
+            return hit.row >= n || seed(hit) ||
+                   hit.score + drawn_->error(queries[hit.row]) < candidates.limit(queries[hit.row]);
+        };
+        return std::remove_if(hits, hits + found, idle) - hits;
     }
 
     void prefetch(int64_t row) const {
@@ -321,8 +346,8 @@ class BankSearch {
     const int64_t d_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
-    const float drawn_error_;
-    QueryCodes codes_, drawn_;
+    QueryCodes codes_;
+    std::optional<QueryOutlines> drawn_;
     int64_t own_, own_codes_, own_hits_;
     std::optional<GroupBounds> bounds_;
     Array<float> scratch_, prepared_;

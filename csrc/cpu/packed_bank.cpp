@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 
 #include "int8_tile.h"
 #include "memory.h"
@@ -45,20 +46,20 @@ float quantization_error(float norm, float rest, float weight, float gamma) {
 }
 
 float Outline::error(int64_t d) const {
-    const double e = weight[1], rounding = product_error(d) * std::sqrt(static_cast<double>(depth));
+    const double e = weight[2], rounding = product_error(d) * std::sqrt(static_cast<double>(depth));
     const double error = 1.01 * (rounding + e);
     return error >= 0 && error < 0.05 ? static_cast<float>(error) : INFINITY;
 }
 
+float Outline::slack(int64_t d, double sq_norm) const {
+    return static_cast<float>(1.0001 * (product_error(d) + 4.0 * error(d)) * sq_norm / 2);
+}
+
 // With rest r = x - basis v: |r|^2 = |x|^2 - |v|^2 + 2 v (v - basis^T x) + v (basis^T basis - 1) v, and the
 // last two are at most 3 error |x|^2.
-void Outline::draw(const Lines& lines, const float* x, int64_t d, double sq_norm, float* out) const {
-    std::fill(out, out + depth, 0.0f);
-    for (int64_t k = 0; k < d; ++k) lines.add_scaled(basis + k * depth, x[k], depth, out);
-    double inside = 0;
-    for (int64_t j = 0; j < depth; ++j) inside += static_cast<double>(out[j]) * out[j];
+float Outline::rest(int64_t d, double sq_norm, double inside) const {
     const double rest = std::max(sq_norm - inside, 0.0) + 3.0 * error(d) * sq_norm;
-    std::fill(out + depth, out + channels(), static_cast<float>((1 + 1e-6) * std::sqrt(rest) / 2));
+    return static_cast<float>((1 + 1e-6) * std::sqrt(rest));
 }
 
 namespace {
@@ -123,27 +124,81 @@ class Codes {
     Array<float> rest_, norm_;
 };
 
+// The outlines of all columns.
+class Outlines {
+  public:
+    Outlines(const Tile& tile, const PackedBank& bank)
+        : lines_(tile.lines),
+          outline_(bank.outline),
+          d_(bank.rows.rows.d),
+          columns_(bank.columns),
+          levels_{codes(0), codes(1)} {}
+
+    void clear(int64_t panel) {
+        for (int i = 0; i < 2; ++i) {
+            levels_[i].clear(panel);
+            float* const tail = outline_.tail + i * columns_ + panel * COLUMNS;
+            std::fill(tail, tail + COLUMNS, 0.0f);
+        }
+    }
+
+    // The outline of x (d,), whose squared norm is `square`. The buffers hold H floats and round_up(H, 4)
+    // bytes.
+    void fill(int64_t column, const float* x, double square, double bias, bool usable, float* drawn,
+              int8_t* buffer) {
+        const int64_t depth = outline_.depth;
+        std::fill(drawn, drawn + depth, 0.0f);
+        for (int64_t k = 0; usable && k < d_; ++k) {
+            lines_.add_scaled(outline_.basis + k * depth, x[k], depth, drawn);
+        }
+        double inside = 0;
+        for (int i = 0; i < 2; ++i) {
+            const float* const part = drawn + outline_.first(i);
+            for (int64_t j = 0; j < outline_.channels(i); ++j)
+                inside += static_cast<double>(part[j]) * part[j];
+            const double own = i == 0 ? bias + outline_.slack(d_, square) : 0;
+            levels_[i].fill(column, part, own, usable, buffer);
+            if (usable) outline_.tail[i * columns_ + column] = outline_.rest(d_, square, inside);
+        }
+    }
+
+    void finish() {
+        for (Codes& level : levels_) level.finish(0, nullptr);
+        for (int64_t c = 0; c < columns_; ++c) outline_.bias[columns_ + c] += outline_.bias[c];
+    }
+
+  private:
+    Codes codes(int i) const {
+        const Outline::Level level = outline_.level(i, columns_);
+        return {columns_, outline_.channels(i), level.codes, level.scale, level.bias, outline_.weight + i};
+    }
+
+    const Lines& lines_;
+    const Outline& outline_;
+    int64_t d_, columns_;
+    Codes levels_[2];
+};
+
 }  // namespace
 
 void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int threads) {
     const int64_t d = bank.rows.rows.d, panels = bank.columns / COLUMNS;
     const bool outlined = bank.groups > 0;
-    const Outline& outline = bank.outline;
-    const int64_t channels = outlined ? outline.channels() : 0, own = round_up(2 * d + channels + 16, 16);
+    const int64_t depth = outlined ? bank.outline.depth : 0, own = round_up(2 * d + depth + 16, 16);
     const Array<float> scratch = allocate<float>(own * threads), origin = allocate<float>(d);
     std::fill(origin.get(), origin.get() + d, 0.0f);
     Codes whole(bank.columns, d, bank.codes, bank.scale, bank.bias, bank.weight);
-    Codes drawn(outlined ? bank.columns : 0, channels, outline.codes, outline.scale, outline.bias,
-                outline.weight);
+    std::optional<Outlines> outlines;
+    if (outlined) outlines.emplace(tile, bank);
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float* const row = scratch.get() + own * thread_number();
-        float* const lines = row + d;
-        int8_t* const codes = reinterpret_cast<int8_t*>(lines + channels);
+        float* const drawn = row + d;
+        int8_t* const codes = reinterpret_cast<int8_t*>(drawn + depth);
         for (int64_t p; (p = next.fetch_add(1)) < panels;) {
             whole.clear(p);
-            if (outlined) drawn.clear(p);
+            if (outlined) outlines->clear(p);
             for (int64_t column = p * COLUMNS; column < (p + 1) * COLUMNS; ++column) {
                 const int64_t i = bank.index[column];
                 if (i < 0) continue;
@@ -154,14 +209,12 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
                 const double bias = -square / 2 - (zero ? 0.5 : 0);
                 const bool usable = square < HUGE_SQUARE;
                 whole.fill(column, row, bias, usable, codes);
-                if (!outlined) continue;
-                if (usable) outline.draw(tile.lines, row, d, square, lines);
-                drawn.fill(column, lines, bias, usable, codes);
+                if (outlined) outlines->fill(column, row, square, bias, usable, drawn, codes);
             }
         }
     }
     whole.finish(product_error(d), bank.error);
-    if (outlined) drawn.finish(product_error(d) + 4 * outline.error(d), nullptr);
+    if (outlined) outlines->finish();
 }
 
 }  // namespace dinofast

@@ -1,31 +1,53 @@
 #pragma once
 
+#include <algorithm>
+
 #include "candidates.h"
 #include "int8_tile.h"
 
 namespace dinofast {
 
-// The outline of a row y - center: its coordinates v in a few orthonormal directions, and the norm t of what
-// they leave, held by TAIL channels of t / 2. By Cauchy-Schwarz the product of two rows is at most that of
-// their outlines, but for rounding.
+inline int64_t quads(int64_t d) { return (d + 3) / 4; }
+
+// The outline of a row x = y - center: its coordinates in orthonormal directions, and the norm of what they
+// leave. By Cauchy-Schwarz the product of two rows is at most that of their coordinates plus that of these
+// norms, but for rounding. There are two levels: the first NEAR directions, and all of them; the codes of the
+// second are of the directions that it adds.
 struct Outline {
-    static constexpr int64_t TAIL = 4;
+    static constexpr int64_t NEAR = 32;
+
+    struct Level {
+        uint8_t* codes;  // P * quads * 4 bytes, panel after panel
+        float* scale;    // (P,) of the codes
+        float* tail;     // (P,) norm of what the directions leave
+        float* bias;     // (P,) what a column adds to a product, at most
+    };
 
     int64_t depth;       // H directions
     const float* basis;  // (D, H)
-    float* weight;       // (2,): as PackedBank::weight, and how far the basis is from orthonormal
-    uint8_t* codes;      // P * outline_quads * 4 bytes, panel after panel
-    float* scale;        // (P,) of the codes
-    float* bias;         // (P,) what a column adds to a product, at most
+    float* weight;   // (3,): as PackedBank::weight for each level, and how far the basis is from orthonormal
+    uint8_t* codes;  // those of the first level, then those of the second
+    float* scale;    // (2, P)
+    float* tail;     // (2, P)
+    float* bias;     // (2, P)
 
-    int64_t channels() const { return depth + TAIL; }
-    int64_t quads() const { return (channels() + 3) / 4; }
+    int64_t near() const { return std::min(NEAR, depth); }
+    int64_t first(int level) const { return level == 0 ? 0 : near(); }
+    int64_t channels(int level) const { return level == 0 ? near() : depth - near(); }
+    Level level(int i, int64_t columns) const {
+        const int64_t at = i * columns;
+        return {codes + at * quads(near()) * 4, scale + at, tail + at, bias + at};
+    }
 
     // Bound on what rounding and a skewed basis add to a product of norms; infinite when there is none.
     float error(int64_t d) const;
 
-    // Fill out (channels,) for x (d,), whose squared norm is sq_norm.
-    void draw(const Lines& lines, const float* x, int64_t d, double sq_norm, float* out) const;
+    // What they add to a score for the part of one row, at most.
+    float slack(int64_t d, double sq_norm) const;
+
+    // Norm of what the first directions leave of a row; `inside` is the squared norm of its coordinates
+    // there.
+    float rest(int64_t d, double sq_norm, double inside) const;
 };
 
 // A bank prepared once: float32 rows that decide, and int8 codes of rows - center that propose.
@@ -47,8 +69,6 @@ struct PackedBank {
     const float* radius;     // (G,) no row of the group is farther from its centroid
     Outline outline;         // of grouped rows
 };
-
-inline int64_t quads(int64_t d) { return (d + 3) / 4; }
 
 // Codes -127 .. 127 of x (d,), times one scale.
 Quantized quantize(const float* x, int64_t d, int8_t* codes);

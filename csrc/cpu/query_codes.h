@@ -26,7 +26,9 @@ class QueryCodes {
           tiles_(allocate<int32_t>(tiles * size_)),
           sum_(allocate<int32_t>(tiles * ROWS)),
           scale_(allocate<float>(tiles * ROWS)),
-          error_(allocate<float>(tiles * ROWS)) {}
+          error_(allocate<float>(tiles * ROWS)) {
+        std::fill_n(tiles_.get(), tiles * size_, 0);
+    }
 
     // What query i's part of every score may err.
     float error(int64_t i) const { return error_[i]; }
@@ -38,14 +40,14 @@ class QueryCodes {
         std::fill_n(error_.get() + tile * ROWS, ROWS, 0.0f);
     }
 
-    // Put x (channels,) into the place of query i; see quantization_error. The buffer holds quads * 4 bytes.
-    void fill(int64_t i, const float* x, float weight, float gamma, int8_t* buffer) {
-        std::fill_n(buffer, quads_ * 4, int8_t{0});
-        const Quantized found = quantize(x, channels_, buffer);
+    // Put x - center (channels,) into the place of query i; see quantization_error. The buffer holds
+    // 2 * (channels + 4) floats.
+    void fill(int64_t i, const float* x, const float* center, float weight, float gamma, float* buffer) {
         int32_t* const out = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
-        for (int64_t quad = 0; quad < quads_; quad += QUADS) {
-            std::memcpy(out + quad * ROWS, buffer + quad * 4, bytes(quad));
-        }
+        const Quantized found =
+            int8_.quantize != nullptr && channels_ > 0
+                ? int8_.quantize(x, center, channels_, reinterpret_cast<int8_t*>(out), ROWS * Int8Tile::RUN)
+                : plainly(x, center, buffer, out);
         scale_[i] = found.scale;
         sum_[i] = found.sum;
         error_[i] = quantization_error(found.norm, found.rest, weight, gamma);
@@ -53,16 +55,15 @@ class QueryCodes {
 
     int64_t codes_of_tile() const { return size_; }
 
-    // Collect n <= ROWS queries; what is left of the tile is zero.
+    // Collect n <= ROWS queries; what is left of the tile has scale 0.
     void gather(const int64_t* queries, int64_t n, QueryTile& tile) const {
-        std::fill_n(tile.codes, size_, 0);
         std::fill_n(tile.scale, ROWS, 0.0f);
         std::fill_n(tile.sum, ROWS, 0);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t i = queries[r];
             const int32_t* const from = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
             for (int64_t quad = 0; quad < quads_; quad += QUADS) {
-                std::memcpy(tile.codes + quad * ROWS + r * QUADS, from + quad * ROWS, bytes(quad));
+                std::memcpy(tile.codes + quad * ROWS + r * QUADS, from + quad * ROWS, Int8Tile::RUN);
             }
             tile.scale[r] = scale_[i];
             tile.sum[r] = sum_[i];
@@ -86,9 +87,17 @@ class QueryCodes {
   private:
     static constexpr int ROWS = Int8Tile::ROWS, QUADS = Int8Tile::RUN / 4;
 
-    // Bytes of the run that begins at a quad.
-    size_t bytes(int64_t quad) const {
-        return static_cast<size_t>(4 * std::min<int64_t>(QUADS, quads_ - quad));
+    // As Int8Tile::quantize.
+    Quantized plainly(const float* x, const float* center, float* buffer, int32_t* out) const {
+        int8_t* const codes = reinterpret_cast<int8_t*>(buffer + channels_);
+        subtract(x, center, channels_, buffer);
+        std::fill_n(codes, quads_ * 4, int8_t{0});
+        const Quantized found = quantize(buffer, channels_, codes);
+        for (int64_t quad = 0; quad < quads_; quad += QUADS) {
+            const int64_t bytes = 4 * std::min<int64_t>(QUADS, quads_ - quad);
+            std::memcpy(out + quad * ROWS, codes + quad * 4, static_cast<size_t>(bytes));
+        }
+        return found;
     }
 
     const Int8Tile& int8_;

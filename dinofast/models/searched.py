@@ -19,8 +19,8 @@ class SearchedModel(Model):
     """Base of models whose state holds the rows `bank` (M, D), which their queries are compared with.
 
     From 4096 rows on, the first search on the CPU prepares a `dinofast.ops.Bank` beside the rows, which later
-    searches use until the rows change. It takes up to M · (D + 125) bytes more, for codes and outlines, and
-    what pads the groups of rows: of 20000 clustered rows 2.7 · M · D at D = 64, 1.8 at 384, 1.6 at 768.
+    searches use until the rows change. It takes up to M · (D + 141) bytes more, for codes and outlines, and
+    what pads the groups of rows: of 20000 clustered rows 2.9 · M · D at D = 64, 1.8 at 384, 1.6 at 768.
     It changes no bit of the results, and is neither copied nor saved. Rows that it
     cannot take are searched as they are, slower, which is logged once. Rows that were made under
     `torch.inference_mode` must not be changed in place: that goes unnoticed.

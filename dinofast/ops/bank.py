@@ -15,7 +15,7 @@ from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
 from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
-from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED
+from dinofast.ops.knn_topk_bank import FORMS
 from dinofast.ops.mapped_rows import MappedRows
 from dinofast.ops.rows import BLOCK, normalize_rows
 
@@ -39,12 +39,12 @@ class Bank:
 
     "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
     bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups
-    that the triangle inequality rules out, and compares the rest by outlines first: up to 92 principal
-    coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These three give the
-    same results, bit for bit. "approximate" looks only into the groups nearest to a query and may miss
-    neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned" where a
-    search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 % without int8
-    instructions), else "lowp" with such instructions, else "float32".
+    that the triangle inequality rules out, and compares the rest by outlines first: 32, then up to 96
+    principal coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These
+    three give the same results, bit for bit. "approximate" looks only into the groups nearest to a query and
+    may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned"
+    where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 %
+    without int8 instructions), else "lowp" with such instructions, else "float32".
 
     A bank on another device than the CPU, and any bank without the native kernels, is "float32".
 
@@ -258,7 +258,9 @@ class Bank:
             return
         reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
         if int8:
-            self._use(packed[:UNGROUPED], "lowp", reason, start)
+            rows = packed[0]
+            packed.clear()  # groups pad their rows: packed without them, codes take less
+            self._use(pack(rows, self.metric, None), "lowp", reason, start)
         else:
             self._use(packed[:1], "float32", reason, start)
 
@@ -300,7 +302,7 @@ def _cost(visited: Tensor, packed: list[Tensor]) -> float:
     forms = dict(zip(FORMS, packed, strict=True))
     m, d = packed[0].shape
     outlines, codes, decided = (visited.double().mean(0) / m).tolist()
-    channels, groups = forms["basis"].shape[1] + 4, len(forms["radius"])
+    channels, groups = forms["basis"].shape[1], len(forms["radius"])
     return float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
 
 

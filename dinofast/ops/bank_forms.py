@@ -7,9 +7,10 @@ from torch import Tensor
 
 from dinofast.ops import providers
 from dinofast.ops.knn_topk import knn_rows
+from dinofast.ops.knn_topk_bank import NEAR, outline_quads
 
 ROUNDS = 8  # of k-means
-DIRECTIONS = 92  # of an outline: with its four other channels, 96
+DIRECTIONS = 96  # of an outline
 SAMPLE = 2048  # rows that these are found from
 
 
@@ -49,7 +50,11 @@ def _means(rows: Tensor, group: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
-    """Find the directions (D, H) in which rows vary most, and a bound on their skew."""
+    """Find the directions (D, H) in which rows vary most, level after level, and a bound on their skew.
+
+    Those of a level are turned within their span, so that no coordinate is much larger than the others: it
+    would make the steps of all codes coarse.
+    """
     m, d = rows.shape
     depth = min(DIRECTIONS, d // 8 * 4)
     sample = rows[:: max(1, m // SAMPLE)][:SAMPLE].double() - center
@@ -58,7 +63,11 @@ def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
     most = vectors.flip(1)[:, :depth]
     directions = torch.zeros(d, depth, dtype=torch.float64)
     directions[:, : most.shape[1]] = most if narrow else sample.T @ most
-    basis = torch.linalg.qr(directions)[0].float()
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.linalg.qr(directions)[0].split([near := min(NEAR, depth), depth - near], dim=1)
+    turns = [torch.randn(n, n, generator=generator, dtype=torch.float64) for n in (near, depth - near)]
+    turned = [level @ torch.linalg.qr(turn)[0] for level, turn in zip(levels, turns, strict=True)]
+    basis = torch.cat(turned, dim=1).float()
     skew = basis.double().T @ basis.double() - torch.eye(depth)
     return basis.contiguous(), float(skew.norm()) * (1 + 1e-6)
 
@@ -86,12 +95,11 @@ def pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None
     ]
     if groups:
         basis, skew = _basis(rows, packed[1])
-        channels = basis.shape[1] + 4
         packed += [
             *(starts, *groups[:2], basis),
-            torch.tensor([0, skew]),
-            torch.zeros(columns * 4 * ((channels + 3) // 4), dtype=torch.uint8),
-            *(torch.zeros(columns) for _ in ("outline_scale", "outline_bias")),
+            torch.tensor([0, 0, skew]),
+            torch.zeros(columns * 4 * outline_quads(basis.shape[1]), dtype=torch.uint8),
+            *(torch.zeros(2, columns) for _ in ("outline_scale", "outline_tail", "outline_bias")),
         ]
     providers.quantize_bank(packed, metric)
     return packed

@@ -20,7 +20,7 @@ STRATEGIES = ("float32", "lowp", "pruned")
 FORMS = (
     *("rows", "center", "weight", "codes", "scale", "bias", "error", "row"),
     *("starts", "centroids", "radius"),
-    *("basis", "outline_weight", "outline_codes", "outline_scale", "outline_bias"),
+    *("basis", "outline_weight", "outline_codes", "outline_scale", "outline_tail", "outline_bias"),
 )
 """The tensors behind a Bank, on the CPU, in the order of the operator's list.
 
@@ -38,13 +38,23 @@ first of these alone, the first eight, or all.
 - starts: (G + 1,), int64, first column of each group.
 - centroids: (G, D), float32.
 - radius: (G,), float32: no row of the group is farther from its centroid.
-- basis: (D, H), float32, H <= D, orthonormal columns. The outline of a row are its H coordinates in this
-  basis and four channels of half the norm of what they leave: T = H + 4 channels.
-- outline_weight: (2,), float32: weight, and a bound on how far the basis is from orthonormal.
-- outline_codes: (P · 4 · ceil(T / 4),), uint8; outline_scale, outline_bias: (P,), float32: as for the rows.
+- basis: (D, H), float32, H <= D, orthonormal columns. The outline of a row is its coordinates in this basis
+  and the norm of what they leave, on two levels: the first min(H, 32) directions, and all H.
+- outline_weight: (3,), float32: weight for each level, and a bound on how far the basis is from orthonormal.
+- outline_codes: (P · 4 · T,), uint8, T the quads of channels of both levels: codes of the first coordinates
+  of all columns, then of the others.
+- outline_scale, outline_bias: (2, P), float32: as for the rows, for each level.
+- outline_tail: (2, P), float32: the norm of what the directions of a level leave.
 """
 UNGROUPED = 8
 PANEL = 32
+NEAR = 32  # directions of the first level
+
+
+def outline_quads(directions: int) -> int:
+    """Count the groups of four channels in the outlines of a row."""
+    near = min(directions, NEAR)
+    return (near + 3) // 4 + (directions - near + 3) // 4
 
 
 def _check_packed(packed: list[Tensor]) -> None:
@@ -71,8 +81,8 @@ def _check_packed(packed: list[Tensor]) -> None:
         g, h = forms["radius"].numel(), forms["basis"].shape[-1] if forms["basis"].dim() else 0
         require(h <= d, lambda: f"knn_topk: packed basis has {h} directions in {d} channels")
         shapes |= {"starts": (g + 1,), "centroids": (g, d), "radius": (g,), "basis": (d, h)}
-        shapes |= {"outline_weight": (2,), "outline_codes": (p * 4 * ((h + 7) // 4),)}
-        shapes |= {"outline_scale": (p,), "outline_bias": (p,)}
+        shapes |= {"outline_weight": (3,), "outline_codes": (p * 4 * outline_quads(h),)}
+        shapes |= dict.fromkeys(("outline_scale", "outline_tail", "outline_bias"), (2, p))
     for name, shape in shapes.items():
         _check_form(name, forms[name], shape, rows.device)
 

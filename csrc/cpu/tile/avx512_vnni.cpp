@@ -68,6 +68,100 @@ struct Avx512Vnni {
         return found;
     }
 
+    // The second bound on the columns of a panel that the first let through to each row, whose products were
+    // `first`: left half, right half. Four sums a row, since one waits for itself.
+    [[gnu::noinline]] static int64_t resift(const CodedRows rows[2], const CodedColumns columns[2],
+                                            int64_t column, const __m512i (&first)[ROWS][2],
+                                            const uint32_t (&through)[ROWS], Hit* hits) {
+        const CodedColumns &near = columns[0], &all = columns[1];
+        const uint8_t* const panel = all.panels + column * all.quads * 4;
+        int64_t found = 0;
+        for (int r = 0; r < ROWS; ++r) {
+            if (through[r] == 0) continue;
+            __m512i sums[2][2];
+            for (int half = 0; half < 2; ++half) {
+                sums[half][0] = _mm512_set1_epi32(-128 * rows[1].sum[r]);
+                sums[half][1] = _mm512_setzero_si512();
+            }
+            const uint8_t* b = panel;
+            for (int64_t run = 0; run < all.quads; run += QUADS) {
+                const int32_t* a = rows[1].tile + run * ROWS + r * QUADS;
+                const int64_t depth = all.quads - run < QUADS ? all.quads - run : QUADS;
+                int64_t quad = 0;
+                for (; quad + 2 <= depth; quad += 2, b += 8 * COLUMNS) {
+                    for (int odd = 0; odd < 2; ++odd) {
+                        const __m512i x = _mm512_set1_epi32(a[quad + odd]);
+                        add_products(sums[0][odd], _mm512_loadu_si512(b + odd * 128), x);
+                        add_products(sums[1][odd], _mm512_loadu_si512(b + odd * 128 + 64), x);
+                    }
+                }
+                for (; quad < depth; ++quad, b += 4 * COLUMNS) {
+                    const __m512i x = _mm512_set1_epi32(a[quad]);
+                    add_products(sums[0][0], _mm512_loadu_si512(b), x);
+                    add_products(sums[1][0], _mm512_loadu_si512(b + 64), x);
+                }
+            }
+            float scores[COLUMNS];
+            uint32_t left = through[r];
+            for (int half = 0; half < 2; ++half) {
+                const int64_t c = column + half * LANES;
+                const __m512i more = _mm512_add_epi32(sums[half][0], sums[half][1]);
+                __m512 x = score(more, _mm512_set1_ps(rows[1].scale[r]), all.scale + c, all.bias + c);
+                const __m512 scaled =
+                    _mm512_mul_ps(_mm512_loadu_ps(near.scale + c), _mm512_cvtepi32_ps(first[r][half]));
+                x = _mm512_fmadd_ps(_mm512_set1_ps(rows[0].scale[r]), scaled, x);
+                x = _mm512_fmadd_ps(_mm512_set1_ps(rows[1].tail[r]), _mm512_loadu_ps(all.tail + c), x);
+                const __mmask16 kept =
+                    _mm512_cmp_ps_mask(x, _mm512_set1_ps(rows[1].threshold[r]), _CMP_NLT_UQ);
+                left &= static_cast<uint32_t>(kept) << (half * LANES) | 0xffff0000u >> (half * LANES);
+                _mm512_storeu_ps(scores + half * LANES, x);
+            }
+            for (; left != 0; left &= left - 1) {
+                const int lane = __builtin_ctz(left);
+                hits[found++] = {r, static_cast<int32_t>(column) + lane, scores[lane]};
+            }
+        }
+        return found;
+    }
+
+    static int64_t sift(const CodedRows rows[2], const CodedColumns columns[2], int64_t count, Hit* hits) {
+        const CodedRows& row = rows[0];
+        const CodedColumns& near = columns[0];
+        int64_t found = 0;
+        for (int64_t column = 0; column < count; column += COLUMNS) {
+            __m512i left[ROWS], right[ROWS];
+            panel_products(row.tile, row.sum, near.panels + column * near.quads * 4, near.quads, left, right);
+            const int64_t present = count - column;
+            const uint32_t valid = present < COLUMNS ? (1u << present) - 1 : 0xffffffffu;
+            uint32_t through[ROWS], any = 0;
+            const __m512 tail_left = _mm512_loadu_ps(near.tail + column);
+            const __m512 tail_right = _mm512_loadu_ps(near.tail + column + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512 limit = _mm512_set1_ps(row.threshold[r]), factor = _mm512_set1_ps(row.scale[r]);
+                const __m512 tail = _mm512_set1_ps(row.tail[r]);
+                const __m512 x = score(left[r], factor, near.scale + column, near.bias + column);
+                const __m512 y =
+                    score(right[r], factor, near.scale + column + LANES, near.bias + column + LANES);
+                const __mmask16 low =
+                    _mm512_cmp_ps_mask(_mm512_fmadd_ps(tail, tail_left, x), limit, _CMP_NLT_UQ);
+                const __mmask16 high =
+                    _mm512_cmp_ps_mask(_mm512_fmadd_ps(tail, tail_right, y), limit, _CMP_NLT_UQ);
+                through[r] = (low | static_cast<uint32_t>(high) << LANES) & valid;
+                any |= through[r];
+            }
+            if (any == 0) continue;
+            __m512i first[ROWS][2];
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                first[r][0] = left[r];
+                first[r][1] = right[r];
+            }
+            found += resift(rows, columns, column, first, through, hits + found);
+        }
+        return found;
+    }
+
     static void products(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                          const float* bias, float* out, int64_t stride) {
@@ -150,7 +244,7 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Int8Tile avx512_vnni_tile = {"avx512_vnni", Avx512Vnni::sieve, Avx512Vnni::products,
+const Int8Tile avx512_vnni_tile = {"avx512_vnni", Avx512Vnni::sieve, Avx512Vnni::sift, Avx512Vnni::products,
                                    Avx512Vnni::quantize};
 
 }  // namespace dinofast

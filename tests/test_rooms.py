@@ -27,9 +27,11 @@ MAY_IMPORT = {
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
     "interop": LEAVES,
     "drop_in": LEAVES | {"interop", "models", "ops"},
-    "cross_fit": LEAVES | {"data", "imaging", "models"},
+    "cross_fit": LEAVES | {"data", "imaging", "models", "progress", "stream"},
+    "capture": LEAVES | {"backbone", "calibrate", "data", "imaging", "models", "ops", "progress"},
     "detector": LEAVES
-    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "imaging", "models", "progress", "stream"},
+    | {"artifact", "backbone", "calibrate", "capture", "cross_fit", "data", "imaging", "models", "progress"}
+    | {"stream"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},

@@ -95,7 +95,8 @@ class DPMM(IterativeModel):
 
     Two patches of a batch may be equal, and K may exceed N: components without patches fade out and
     stay finite. `partial_fit` makes one step. Beyond one batch and its statistics, memory holds four K × D
-    arrays, 16 · K · D bytes, and twice that with validation; with "full" two of them are K × D × D.
+    arrays, 16 · K · D bytes, and twice that with validation; with "full" two of them are K × D × D. Scores
+    by densities keep what they are computed from in float64: 16 · K · D bytes, with "full" 8 · K · D² more.
 
     Raises:
         InputError: a parameter out of range.

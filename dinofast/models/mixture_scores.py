@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dinofast.errors import InputError
-from dinofast.models.mixture import Mixture, Rule, quadratic_blocks
+from dinofast.models.mixture import Mixture, Quadratic, Rule
 from dinofast.ops import cosine_max, knn_topk
 from dinofast.ops.rows import normalize_rows
 
@@ -33,6 +34,11 @@ class Active:
     directions: Tensor
     covariances: Tensor
     log_weights: Tensor
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """What densities are computed from, factorized at the first use and kept."""
+        return Quadratic.of(self.means, self.covariances)
 
 
 def active(mixture: Mixture, rule: Rule, threshold: float, *, rescaled: bool) -> Active:
@@ -73,7 +79,7 @@ def score_rows(x: Tensor, parts: Active, scoring: str) -> Tensor:
         return knn_topk(x, parts.means, 1, "euclidean")[0][:, 0]
     if scoring == "mixture":
         return -log_likelihood(x, parts)
-    constant, forms = quadratic_blocks(x, parts.means, parts.covariances)
+    constant, forms = parts.quadratic.constant, parts.quadratic.blocks(x)
     if scoring == "mahalanobis":
         found = [form.amin(1).sqrt() for form in forms]
     else:
@@ -83,12 +89,12 @@ def score_rows(x: Tensor, parts: Active, scoring: str) -> Tensor:
 
 def log_likelihood(x: Tensor, parts: Active) -> Tensor:
     """Give ln Σ π N(x) (N,) over the active components, in nats."""
-    constant, forms = quadratic_blocks(x, parts.means, parts.covariances)
+    constant, forms = parts.quadratic.constant, parts.quadratic.blocks(x)
     found = [(constant + parts.log_weights - 0.5 * form).logsumexp(1) for form in forms]
     return torch.cat(found).float()
 
 
 def most_likely(x: Tensor, parts: Active) -> Tensor:
     """Give the component (N,), int64, of the largest responsibility, the first among equals."""
-    constant, forms = quadratic_blocks(x, parts.means, parts.covariances)
+    constant, forms = parts.quadratic.constant, parts.quadratic.blocks(x)
     return parts.index[torch.cat([(constant + parts.log_weights - 0.5 * f).argmax(1) for f in forms])]

@@ -13,12 +13,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from dinofast.errors import InputError, KernelError
+
+T = TypeVar("T")
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """Every backend name, in the order in which offers are tried."""
@@ -31,6 +33,7 @@ MISSING: dict[str, str] = {}
 
 _LIBRARY: Any = cast(Any, torch.library.Library)("dinofast", "DEF")
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
+_KEEPING: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("dinofast_kept", default=None)
 _LOG = logging.getLogger("dinofast.ops")
 
 
@@ -239,6 +242,25 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+@contextmanager
+def keeping() -> Iterator[list[object]]:
+    """Collect what the kernels inside read from caches, for who records them and must keep it alive."""
+    found: list[object] = []
+    token = _KEEPING.set(found)
+    try:
+        yield found
+    finally:
+        _KEEPING.reset(token)
+
+
+def kept(cached: T) -> T:
+    """Pass on what a cache of device memory gave, so that `keeping` sees it; a cache may let go of it."""
+    found = _KEEPING.get()
+    if found is not None:
+        found.append(cached)
+    return cached
 
 
 def choose(op: Op, args: tuple[Any, ...]) -> Kernel:

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from dinofast.backbone import Backbone
+from dinofast.backbone.compiled import OWN_GRAPHS
 from dinofast.backbone.preprocess import normalize, patch_gray
 from dinofast.capture.static import StaticOnly
 from dinofast.errors import InputError
 from dinofast.models.base import Model, broken_tokens
 from dinofast.types import Features
-
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes of torch.compile that record CUDA graphs of their own, which cannot stand inside another."""
 
 
 class Path:

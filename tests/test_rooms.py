@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "detector": LEAVES
     | {"artifact", "backbone", "calibrate", "capture", "cross_fit", "data", "imaging", "models", "progress"}
     | {"stream"},
+    "memory_plan": LEAVES | {"artifact", "backbone", "models", "ops"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
@@ -50,8 +51,8 @@ MAY_IMPORT = {
     "fit_command": LEAVES | {"backbone", "console", "data", "detector", "models"},
     "protocol_command": LEAVES | {"console", "data", "metrics", "protocol", "published", "scoreboard"},
     "commands": LEAVES
-    | {"backbone", "console", "data", "demo", "detector", "evaluate", "fit_command", "info", "output"}
-    | {"packaged_command", "protocol_command"},
+    | {"backbone", "console", "data", "demo", "detector", "evaluate", "fit_command", "info"}
+    | {"memory_plan", "output", "packaged_command", "protocol_command"},
     "cli": {"commands"},
     "kernels": set(),
 }

@@ -210,6 +210,14 @@ class Model(ABC):
         self._state = {name: tensor.to(device) for name, tensor in self._state.items()}
         return self
 
+    def prepared_bytes(self, device: str) -> int:
+        """Tell what a fitted model makes for its searches and keeps beside its state, at most.
+
+        Args:
+            device: "cpu" or "cuda", where it would score.
+        """
+        return 0
+
     def state(self) -> dict[str, Tensor]:
         """Give everything learned, name -> tensor, not copied.
 

@@ -266,6 +266,13 @@ class Quadratic:
         constant = half_log_det - 0.5 * mu.shape[1] * math.log(2 * math.pi)
         return cls(mu, mu.new_empty(len(mu), 0) if full else precision, factor, constant)
 
+    def to(self, device: str | torch.device) -> Quadratic:
+        """Copy to a device."""
+        factor = None if self.factor is None else self.factor.to(device)
+        moved = (x.to(device) for x in (self.means, self.precision, self.constant))
+        means, precision, constant = moved
+        return Quadratic(means, precision, factor, constant)
+
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """Give the forms of rows (N, D), see `quadratic_blocks`; nothing waits for a value."""
         kind = "diag" if self.factor is None else "full"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -39,6 +40,41 @@ class Active:
     def quadratic(self) -> Quadratic:
         """What densities are computed from, factorized at the first use and kept."""
         return Quadratic.of(self.means, self.covariances)
+
+    def to(self, device: str | torch.device) -> Active:
+        """Copy to a device, what densities are computed from included."""
+        moved = Active(*(getattr(self, field.name).to(device) for field in fields(self)))
+        moved.__dict__["quadratic"] = self.quadratic.to(device)
+        return moved
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, after what densities are computed from was prepared."""
+        tensors = [*vars(self.quadratic).values(), *vars(self).values()]
+        return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+
+
+class ActiveOfState:
+    """The active components of one state, chosen once and kept until another state is asked for."""
+
+    def __init__(self) -> None:
+        self._state: Mapping[str, Tensor] = {}
+        self._found: dict[bool, Active] = {}
+
+    def of(self, state: Mapping[str, Tensor], rule: Rule, threshold: float, rescaled: bool) -> Active:
+        """Give them; see `active`."""
+        if self._state is not state:
+            self._state, self._found = state, {}
+        if rescaled not in self._found:
+            self._found[rescaled] = active(Mixture.of(state), rule, threshold, rescaled=rescaled)
+        return self._found[rescaled]
+
+    def follow(
+        self, before: Mapping[str, Tensor], state: Mapping[str, Tensor], device: str | torch.device
+    ) -> None:
+        """Keep what was found of a state that has moved to a device."""
+        if self._state is before:
+            self._state, self._found = state, {name: x.to(device) for name, x in self._found.items()}
 
 
 def active(mixture: Mixture, rule: Rule, threshold: float, *, rescaled: bool) -> Active:

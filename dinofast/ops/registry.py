@@ -83,6 +83,8 @@ class Op:
             are float32. All may be float64 together.
         verify: raises when integer results do not mean what they must; None when there are none.
         differentiable: whether a gradient formula exists; without one, inputs that require grad are refused.
+        workspace: takes a device type and the arguments, whose values it does not read; most bytes that a
+            kernel for this device allocates beside its results, within a tenth.
         tolerance: takes (args, index of a floating result); what a kernel may err beyond twice torch's own
             error in the same dtype: (absolute, relative). Sums over N rows state theirs here.
         kernels: offers, in the order in which they are tried.
@@ -96,6 +98,7 @@ class Op:
     verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None
     differentiable: bool
     tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]]
+    workspace: Callable[..., int]
     kernels: list[Kernel] = field(default_factory=list)
 
 
@@ -110,6 +113,7 @@ def define(
     verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None = None,
     differentiable: bool = False,
     tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]] = lambda _args, _i: (1e-6, 0.0),
+    workspace: Callable[..., int] = lambda _device, *_args: 0,
 ) -> Op:
     """Declare an operator.
 
@@ -126,12 +130,13 @@ def define(
         verify: see `Op`.
         differentiable: see `Op`.
         tolerance: see `Op`.
+        workspace: see `Op`.
 
     Returns:
         The operator, also found under its name in `OPS`.
     """
     name = schema.partition("(")[0]
-    op = Op(name, reference, samples, cost, inputs, verify, differentiable, tolerance)
+    op = Op(name, reference, samples, cost, inputs, verify, differentiable, tolerance, workspace)
     op.kernels.append(Kernel("reference", ("cpu", "cuda"), reference))
 
     def run(*args: Any) -> Any:

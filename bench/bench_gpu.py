@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import gpu
+from bench import gpu, gpu_path
 from bench.conftest import TICKS
 from bench.measure import OURS
 
@@ -63,6 +63,32 @@ def bench_gpu_kernel(benchmark: BenchmarkFixture, op: str, size: str, dtype: str
             line += f", {times.graph / mine:.2f}× captured"
     print(line, flush=True)
     benchmark.group = f"{op} {size} {dtype}"
+    benchmark.extra_info.update(facts)
+    TICKS.extend(tick for sample in times.samples for tick in (0.0, sample))
+    benchmark.pedantic(lambda: None, rounds=len(times.samples))
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", gpu_path.PATHS)
+def bench_gpu_path(benchmark: BenchmarkFixture, name: str, dtype: str, compile: bool) -> None:
+    times, difference = gpu_path.measure(name, dtype, compile)
+    assert times.graph is not None
+    facts = {
+        "contender": OURS,
+        "device": torch.cuda.get_device_name(),
+        "dtype": dtype,
+        "compiled_backbone": compile,
+        "graph_seconds": times.graph,
+        "largest_difference": difference,
+    }
+    how = "compiled backbone" if compile else "plain backbone"
+    print(
+        f"Path {name}_448 {dtype} {how}: {1e6 * times.eager:.0f} µs eager, {1e6 * times.graph:.0f} replayed, "
+        f"{times.eager / times.graph:.1f}×",
+        flush=True,
+    )
+    benchmark.group = f"Path {name}_448 {dtype} {how}"
     benchmark.extra_info.update(facts)
     TICKS.extend(tick for sample in times.samples for tick in (0.0, sample))
     benchmark.pedantic(lambda: None, rounds=len(times.samples))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinofast import backbone, data, metrics, models, ops
     from dinofast.detector import Detector
+    from dinofast.memory_plan import Plan, plan
     from dinofast.types import Features, Prediction, Scores
 
 try:
@@ -22,6 +23,7 @@ except PackageNotFoundError as error:
 __all__ = [
     "Detector",
     "Features",
+    "Plan",
     "Prediction",
     "Scores",
     "__version__",
@@ -30,14 +32,17 @@ __all__ = [
     "metrics",
     "models",
     "ops",
+    "plan",
 ]
 
 _ROOMS = ("backbone", "data", "metrics", "models", "ops")
 _NAMES = {
     "Detector": "dinofast.detector",
     "Features": "dinofast.types",
+    "Plan": "dinofast.memory_plan",
     "Prediction": "dinofast.types",
     "Scores": "dinofast.types",
+    "plan": "dinofast.memory_plan",
 }
 
 

@@ -81,15 +81,19 @@ def write(
             ) from error
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(
+    path: str | os.PathLike[str], kind: str | None, *, mapped: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write` wrote.
 
     Args:
         path: file to read.
-        kind: what it must hold.
+        kind: what it must hold; None takes any.
+        mapped: leave the tensors in the file, read as they are looked at; it must stay as it is meanwhile.
 
     Returns:
         tensors: name -> tensor on the CPU, in memory of its own: the file may change or vanish afterwards.
+            Not so where `mapped`.
         config: the configuration given to `write`.
 
     Raises:
@@ -100,16 +104,17 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {what}; give the path of a {kind} saved by dinofast.")
+        raise InputError(f"{path}: {what}; give the path of a {kind or 'file'} saved by dinofast.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = _header(path, file.metadata(), kind)
             # get_tensor maps the file: without the copy, overwriting it in place would change a loaded model
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = found if mapped else {name: tensor.clone() for name, tensor in found.items()}
     except SafetensorError as error:
         raise ArtifactError(
             f"{path}: torn or not a dinofast file ({error}). Save or copy it again; "
-            f"a dinofast {kind} is a complete safetensors file."
+            f"a dinofast {kind or 'file'} is a complete safetensors file."
         ) from error
     except OSError as error:
         raise InputError(
@@ -118,9 +123,11 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     return tensors, header["config"]
 
 
-def _header(path: Path, metadata: Mapping[str, str] | None, kind: str) -> dict[str, Any]:
+def _header(path: Path, metadata: Mapping[str, str] | None, kind: str | None) -> dict[str, Any]:
     """Parse the metadata and hold it to this package's schema and the wanted kind."""
-    foreign = f"{path}: a safetensors file, but not one of dinofast's; give a {kind} that dinofast saved."
+    foreign = (
+        f"{path}: a safetensors file, but not one of dinofast's; give a {kind or 'file'} that dinofast saved."
+    )
     try:
         header = json.loads((metadata or {})[_KEY])
         schema, writer, found = header["schema_version"], header["dinofast_version"], header["kind"]
@@ -133,7 +140,7 @@ def _header(path: Path, metadata: Mapping[str, str] | None, kind: str) -> dict[s
             f"{path}: written by dinofast {writer} in format {schema}; this is dinofast {__version__}, which "
             f"reads formats up to {SCHEMA_VERSION}. Upgrade dinofast."
         )
-    if found != kind:
+    if kind is not None and found != kind:
         raise ArtifactError(f"{path}: holds a {found}, not a {kind}; load it as a {found}.")
     if not isinstance(header.get("config"), dict):
         raise ArtifactError(foreign)

@@ -20,7 +20,9 @@ from dinofast.errors import ArtifactError, InputError
 from dinofast.metrics import StreamedRanking
 from dinofast.metrics.ranking import to_numpy
 from dinofast.metrics.streamed import bin_index
+from dinofast.types import Prediction
 
+LEVELS = ("pixel", "image")
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
 
@@ -91,6 +93,18 @@ class Threshold:
                 "a finite number; calibrate again"
             )
         return cls(**{**data, "interval": None if interval is None else (interval[0], interval[1])})
+
+
+def marked(score: float, map: Tensor, source: str, thresholds: Mapping[str, Threshold]) -> Prediction:
+    """Hold an image's score and map (H, W) to the thresholds of their levels, where there are any."""
+    pixel, image = (thresholds.get(level) for level in LEVELS)
+    return Prediction(
+        score=score,
+        map=map,
+        mask=None if pixel is None else map > pixel.value,
+        is_anomalous=None if image is None else score > image.value,
+        source=source,
+    )
 
 
 def image_threshold(scores: ArrayLike | Tensor, fpr: float, *, method: str = "held-out") -> Threshold:

@@ -252,6 +252,40 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    source: Annotated[
+        Path, typer.Argument(metavar="DETECTOR|MODEL", help="A saved detector, or a saved model.")
+    ],
+    size: Annotated[tuple[int, int], typer.Option(help="Height and width of the images.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is now; of a model, the backbone of its fit.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda, whose kernels are counted; none is used.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what scoring a batch will take in memory, before a run and without a GPU."""
+    from dinofast.memory_plan import plan as run
+
+    found = run(source, size, batch, backbone=backbone, device=device)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    told = found.to_dict()
+    rows = [
+        [n.replace("_", " "), f"{told[n] / 2**20:,.1f} MiB"]
+        for n in told
+        if n.endswith(("bytes", "workspace"))
+    ]
+    height, width = found.pixels
+    print(f"{found.model} on {found.backbone}, {found.device}")
+    caption = f"{found.batch} images of {size[0]}x{size[1]}, {height}x{width} for the backbone"
+    print_table(stdout_console(), caption, ["what", "bytes"], rows)
+
+
+@app.command()
 def info(as_json: AsJson = False) -> None:
     """List versions, devices, instruction set, and which backend computes what, or why it cannot."""
     from dinofast.info import info as collect

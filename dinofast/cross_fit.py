@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from dinofast.data import Sample
 from dinofast.errors import InputError
 from dinofast.imaging import digest
 from dinofast.models.base import Model
+from dinofast.stream import Batch, Embedder
 from dinofast.types import Features
+
+if TYPE_CHECKING:
+    from dinofast.progress import Progress
 
 _LOG = logging.getLogger("dinofast")
 
@@ -97,3 +102,46 @@ def models_of_the_others(
         else:
             others.fit(features([image for j, part in enumerate(runs) if j != i for image in part]))
         yield run, others
+
+
+def scored_runs(
+    embedder: Embedder,
+    model: Model,
+    images: Sequence[Sample],
+    folds: int,
+    rotate: bool,
+    batch_size: int | None,
+    progress: Progress | None,
+) -> Iterator[tuple[Iterator[Batch], Model]]:
+    """Give the batches of each run of neighbors with a model that was fitted on all the other runs.
+
+    Args:
+        embedder: reads and embeds images.
+        model: see `models_of_the_others`.
+        images: those of the fit.
+        folds: number of runs.
+        rotate: whether models learn turned copies too.
+        batch_size: images at a time; None chooses from free memory.
+        progress: told of all images that are read for fits and scores together.
+
+    Raises:
+        InputError: see `runs_of_neighbors`.
+    """
+    runs, before = runs_of_neighbors(images, folds), 0
+    total = n_passes(model, folds) * len(images)
+
+    def batches(run: list[Sample], rotate: bool) -> Iterator[Batch]:
+        nonlocal before
+        start, before = before, before + len(run)
+
+        def told(stage: str, done: int, _: int | None) -> None:
+            if progress is not None:
+                progress(stage, start + done, max(total, start + len(run)))
+
+        return embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
+
+    def features(run: list[Sample]) -> Iterator[Features]:
+        return (batch.features for batch in batches(run, rotate))
+
+    for run, others in models_of_the_others(model, runs, features):
+        yield batches(run, False), others

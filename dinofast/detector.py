@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from dinofast import artifact, data, models
 from dinofast import backbone as backbones
 from dinofast.backbone import Backbone, saved
-from dinofast.calibrate import PixelCalibrator, Threshold, image_threshold
-from dinofast.cross_fit import check_seen, models_of_the_others, n_passes, runs_of_neighbors
+from dinofast.calibrate import LEVELS, PixelCalibrator, Threshold, image_threshold, marked
+from dinofast.capture import Captured, Recorder
+from dinofast.cross_fit import check_seen, scored_runs
 from dinofast.data import Sample
 from dinofast.errors import ArtifactError, InputError
 from dinofast.imaging import HASH_BYTES
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from dinofast.progress import Progress
 
-LEVELS = ("pixel", "image")
 DINOV2_MASK_THRESHOLD = 10.0
 """Published threshold of the foreground mask, in units of DINOv2's final-norm tokens."""
 
@@ -225,6 +226,28 @@ class Detector:
         stream = self._embedder.batches(listed, "predict", batch_size, progress, skip_bad=skip_bad)
         return self._predict(stream, self.model)
 
+    def capture(
+        self,
+        size: tuple[int, int] | Sequence[tuple[int, int]],
+        batch: int = 1,
+        *,
+        recorder: Recorder | None = None,
+    ) -> Captured:
+        """Record the path from resized images to maps in CUDA graphs, one for each size, for fast replays.
+
+        Args:
+            size: (H, W) of the images as they are read, or several such; maps have it too.
+            batch: images of one replay; the places of fewer stay unused.
+            recorder: what records; None is CUDA graphs on the backbone's GPU.
+
+        Returns:
+            What predicts by replays, until the detector learns, loads or moves.
+
+        Raises:
+            InputError: not fitted, no GPU, or a path that waits for values, with what to choose instead.
+        """
+        return Captured(self, size, batch, recorder)
+
     def calibrate(
         self,
         images: Any,
@@ -273,7 +296,10 @@ class Detector:
             found = self._predict(self._embedder.batches(good, "calibrate", batch_size, progress), self.model)
         else:
             method = f"cross-fit {cross_fit}"
-            found = self._cross_fit(good, cross_fit, batch_size, progress)
+            parts = scored_runs(
+                self._embedder, self.model, good, cross_fit, self._rotate, batch_size, progress
+            )
+            found = chain.from_iterable(self._predict(batches, others) for batches, others in parts)
         for prediction in found:
             scores.append(prediction.score)
             if level == "pixel":
@@ -359,7 +385,6 @@ class Detector:
         return f"Detector({self.backbone.id}, {self.model!r}, {state})"
 
     def _predict(self, batches: Iterable[Batch], model: Model) -> Iterator[Prediction]:
-        pixel, image = (self.thresholds.get(level) for level in LEVELS)
         for batch in batches:
             for rows, features in batch.by_size():
                 start = time.perf_counter()
@@ -367,32 +392,4 @@ class Detector:
                 values, maps = scores.score.tolist(), scores.map.cpu()
                 self._embedder.timed("model", start)
                 for row, value, map in zip(rows, values, maps, strict=True):
-                    yield Prediction(
-                        score=value,
-                        map=map,
-                        mask=None if pixel is None else map > pixel.value,
-                        is_anomalous=None if image is None else value > image.value,
-                        source=batch.sources[row],
-                    )
-
-    def _cross_fit(
-        self, good: Sequence[Sample], folds: int, batch_size: int | None, progress: Progress | None
-    ) -> Iterator[Prediction]:
-        runs, before = runs_of_neighbors(good, folds), 0
-        total = n_passes(self.model, folds) * len(good)
-
-        def batches(run: list[Sample], rotate: bool) -> Iterator[Batch]:
-            nonlocal before
-            start, before = before, before + len(run)
-
-            def told(stage: str, done: int, _: int | None) -> None:
-                if progress is not None:
-                    progress(stage, start + done, max(total, start + len(run)))
-
-            return self._embedder.batches(run, "calibrate", batch_size, told, rotate=rotate)
-
-        def features(run: list[Sample]) -> Iterator[Features]:
-            return (batch.features for batch in batches(run, self._rotate))
-
-        for run, others in models_of_the_others(self.model, runs, features):
-            yield from self._predict(batches(run, False), others)
+                    yield marked(value, map, batch.sources[row], self.thresholds)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dinofast import artifact, models
+from dinofast.capture.static import StaticOnly
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models.base import Model
 from dinofast.text_vectors import TextVectors
@@ -401,3 +402,15 @@ def test_features_beyond_float32_are_refused():
     batch = Features(torch.full((1, 2, 2, 3), 1e39, dtype=torch.float64), None, (8, 8))
     with pytest.raises(InputError, match="4 of 4 patches hold NaN or infinite features"):
         models.create("memory_bank").fit([batch])
+
+
+def test_scoring_waits_for_no_value_unless_the_model_says_so(make):
+    model, features = make().fit([normal()]), normal(2, seed=5)
+    same(model.score_unseen(features), model.score(features))
+    if model.waits_for() is None:
+        with StaticOnly("it"):
+            found = model.score_unseen(features)
+        same(found, model.score(features))
+    else:
+        with pytest.raises(InputError, match="it cannot be captured"), StaticOnly("it"):
+            model.score_unseen(features)

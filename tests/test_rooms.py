@@ -27,9 +27,12 @@ MAY_IMPORT = {
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
     "interop": LEAVES,
     "drop_in": LEAVES | {"interop", "models", "ops"},
-    "cross_fit": LEAVES | {"data", "imaging", "models"},
+    "cross_fit": LEAVES | {"data", "imaging", "models", "progress", "stream"},
+    "capture": LEAVES | {"backbone", "calibrate", "data", "imaging", "models", "ops", "progress"},
     "detector": LEAVES
-    | {"artifact", "backbone", "calibrate", "cross_fit", "data", "imaging", "models", "progress", "stream"},
+    | {"artifact", "backbone", "calibrate", "capture", "cross_fit", "data", "imaging", "models", "progress"}
+    | {"stream"},
+    "memory_plan": LEAVES | {"artifact", "backbone", "models", "ops"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},
@@ -48,8 +51,8 @@ MAY_IMPORT = {
     "fit_command": LEAVES | {"backbone", "console", "data", "detector", "models"},
     "protocol_command": LEAVES | {"console", "data", "metrics", "protocol", "published", "scoreboard"},
     "commands": LEAVES
-    | {"backbone", "console", "data", "demo", "detector", "evaluate", "fit_command", "info", "output"}
-    | {"packaged_command", "protocol_command"},
+    | {"backbone", "console", "data", "demo", "detector", "evaluate", "fit_command", "info"}
+    | {"memory_plan", "output", "packaged_command", "protocol_command"},
     "cli": {"commands"},
     "kernels": set(),
 }

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from dinofast.backbone import hub, official
+from dinofast.backbone.compiled import MODES, TENSORRT
 from dinofast.backbone.core import Backbone
 from dinofast.backbone.efficientnet import EfficientNetLite0
 from dinofast.backbone.preprocess import Preprocess, Size
@@ -31,7 +32,6 @@ from dinofast.errors import BackboneError, InputError
 __all__ = ["Backbone", "Preprocess", "load"]
 
 _log = logging.getLogger("dinofast")
-_MODES = ("default", "reduce-overhead", "max-autotune")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DINOV3_LICENSE = "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license)"
 
@@ -64,8 +64,10 @@ def load(
     Args:
         name_or_path: which weights, see above.
         device: "cpu", "cuda", ...; by default a GPU where there is one.
-        dtype: float32, bfloat16 or float16, what the network computes in; features are float32 always.
-        compile: None compiles on CUDA only; or True, False, "default", "reduce-overhead", "max-autotune".
+        dtype: float32, bfloat16 or float16, what the network computes in; features are float32 always. A
+            lower one is held to float32 once, on a probe; `describe` tells the lowest cosine of a token.
+        compile: None compiles on CUDA only; or True, False, "default", "reduce-overhead", "max-autotune"; or
+            "tensorrt" (extra `tensorrt`), engines that must agree with the network, token by token.
         size: pixels of the smaller edge, or (H, W); None is 448, and 256 for efficientnet-lite0.
         layers: blocks whose outputs, each after the final norm, are concatenated along D; 0-based, negative
             from the end; None is the last block (for efficientnet-lite0 its stated taps).
@@ -78,7 +80,8 @@ def load(
         A Backbone in eval mode, without gradients.
 
     Raises:
-        BackboneError: weights missing, gated, unreachable, torn, or of another network.
+        BackboneError: weights missing, gated, unreachable, torn, or of another network; TensorRT is absent,
+            or gives other features.
         InputError: an argument that cannot be used.
     """
     device = _device(device)
@@ -112,7 +115,12 @@ def load(
         license=license,
         fingerprint=fingerprint(weights),
         compile=mode,
-    ).to(device, dtype)
+    ).to(device)
+    if dtype != torch.float32:
+        backbone.lower(dtype)
+    if mode == TENSORRT:
+        side = backbone.preprocess.cropped_size(network.patch_size, network.patch_size)
+        backbone(torch.zeros(1, 3, *side))  # builds an engine and judges it
     _log.info("backbone %s", backbone.describe())
     return backbone
 
@@ -133,8 +141,8 @@ def _compile_mode(compile: bool | str | None, device: torch.device) -> str | Non
         compile = device.type == "cuda"
     if isinstance(compile, bool):
         return "default" if compile else None
-    if compile not in _MODES:
-        raise InputError(f"compile={compile!r}: choose True, False, None or one of {', '.join(_MODES)}")
+    if compile not in MODES:
+        raise InputError(f"compile={compile!r}: choose True, False, None or one of {', '.join(MODES)}")
     return compile
 
 

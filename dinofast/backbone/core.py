@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from dinofast.backbone.compiled import OWN_GRAPHS, Call, compiled, lowest_cosine, probe
 from dinofast.backbone.efficientnet import EfficientNetLite0
 from dinofast.backbone.preprocess import Preprocess
 from dinofast.backbone.vision import VisionTransformer
 from dinofast.errors import InputError
 from dinofast.types import Features
+
+_LOG = logging.getLogger("dinofast")
 
 
 class Backbone(nn.Module):
@@ -33,10 +35,12 @@ class Backbone(nn.Module):
         layers: tapped blocks.
         taps_last_block: whether these are the network's last block alone.
         has_cls: whether features come with class tokens.
-        compile_mode: mode of torch.compile, None when not compiled.
+        compile_mode: how it is compiled, one of `dinofast.backbone.compiled.MODES`; None when it is not.
+        lowest_cosine: of a token in this precision with the same in float32, on a probe; None where nothing
+            was lowered. NaN where tokens overflow.
     """
 
-    _call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    _call: Call
 
     def __init__(
         self,
@@ -60,7 +64,8 @@ class Backbone(nn.Module):
         self.has_cls = isinstance(network, VisionTransformer)
         self.compile_mode = compile
         self._positions: dict[tuple[int, int], Tensor] = {}
-        call = torch.compile(network, fullgraph=True, mode=compile) if compile else network
+        self.lowest_cosine: float | None = None
+        call = compiled(network, compile)
         object.__setattr__(self, "_call", call)  # a second submodule would list every weight twice
         self.eval()
 
@@ -91,6 +96,8 @@ class Backbone(nn.Module):
     def describe(self) -> str:
         """Return one line: which network, at what size, where, under which license, and why."""
         how = f"compiled ({self.compile_mode})" if self.compile_mode else "eager"
+        if self.lowest_cosine is not None:
+            how += f", lowest token cosine to float32 {self.lowest_cosine:.6f}"
         return (
             f"{self.id}: {self.kind}, size {self.preprocess.size} ({self.preprocess.resize}), "
             f"patch {self.patch_size}, D {self.dim}, {_name(self.dtype)} on {self.device}, {how}, "
@@ -144,7 +151,7 @@ class Backbone(nn.Module):
         position = self.position(height, width)
         patches, cls = self._call(pixels.to(self.device, self.dtype), position)
         # A captured CUDA graph writes its next result over this one.
-        copied = self.compile_mode in ("reduce-overhead", "max-autotune")
+        copied = self.compile_mode in OWN_GRAPHS
         patches = patches.to(torch.float32, copy=copied)
         return Features(patches, None if cls is None else cls.to(torch.float32, copy=copied), (height, width))
 
@@ -165,6 +172,25 @@ class Backbone(nn.Module):
         return _Exportable(self.network, self.position(height or square[0], width or square[1]))
 
     @torch.no_grad()
+    def lower(self, dtype: torch.dtype) -> None:
+        """Let a float32 network compute in bfloat16 or float16, and see what that does to its tokens.
+
+        The probe is a square of at most 224 pixels a side. A cosine below 0.99 is a warning.
+        """
+        side = max(self.patch_size, min(224, *self.preprocess.cropped_size(self.patch_size, self.patch_size)))
+        side -= side % self.patch_size
+        pixels = probe((1, 3, side, side)).to(self.device)
+        truth = self.network(pixels, self.position(side, side))
+        self.to(dtype)
+        found = self.network(pixels.to(dtype), self.position(side, side))
+        self.lowest_cosine = lowest_cosine(found, truth)
+        if not self.lowest_cosine >= 0.99:
+            _LOG.warning(
+                "%s in %s: the lowest cosine of a token to float32 is %.6f; use bfloat16 or float32",
+                self.id, _name(dtype), self.lowest_cosine,
+            )  # fmt: skip
+
+    @torch.no_grad()
     def precision_report(self, pixels: Tensor) -> dict[str, float]:
         """Return the lowest cosine between a patch token in bfloat16 or float16 and the same in float32.
 
@@ -182,13 +208,13 @@ class Backbone(nn.Module):
             raise InputError(
                 f"this backbone computes in {_name(self.dtype)}; load it with dtype=torch.float32 to compare"
             )
-        truth = self(pixels).tensor
+        truth = self(pixels)
         lowest = {}
         for dtype in (torch.bfloat16, torch.float16):
             network = copy.deepcopy(self.network).to(dtype)
             position = self.position(*pixels.shape[2:]).to(dtype)
             tokens, _ = network(pixels.to(self.device, dtype), position)
-            lowest[_name(dtype)] = float(F.cosine_similarity(tokens.float(), truth, dim=-1).min())
+            lowest[_name(dtype)] = lowest_cosine((tokens, None), (truth.tensor, None))
         return lowest
 
 

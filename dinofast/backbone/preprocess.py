@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -175,9 +176,15 @@ def patch_gray(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     >>> patch_gray(normalize(np.full((4, 6, 3), 255, np.uint8))[None], (2, 3)).shape
     torch.Size([1, 2, 3])
     """
-    mean, std = torch.tensor(MEAN, device=pixels.device), torch.tensor(STD, device=pixels.device)
+    mean, std = _mean_and_std(pixels.device)
     shares = adaptive_avg_pool2d(pixels.float(), grid)
     return (shares * std[:, None, None] + mean[:, None, None]).mean(dim=1).clamp(0, 1)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keep both on the device, where a recorded graph reads them: copied once, never freed."""
+    return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
 def _named(image: ImageLike, name: str) -> str:

@@ -153,8 +153,31 @@ class Model(ABC):
             InputError: see `patch_scores`.
         """
         self._check_queries(features)
-        with torch.no_grad():
-            return self._scores(features)
+        self._check_class_tokens(features)
+        return self.score_unseen(features)
+
+    @torch.no_grad()
+    def score_unseen(self, features: Features) -> Scores:
+        """Score features that `score` would take, without looking at their values first.
+
+        Nothing waits for the device unless `waits_for` says so, so it can be recorded in a CUDA graph.
+        Features that hold NaN or infinity give scores that mean nothing: count `broken_tokens` beside it.
+
+        Args:
+            features: as `score` accepts them.
+
+        Returns:
+            As `score`.
+        """
+        return self._scores(features)
+
+    def waits_for(self) -> str | None:
+        """Tell what makes scoring wait for values from the device, and what to choose instead.
+
+        Returns:
+            The reason in words, or None: the same kernels run whatever the features are.
+        """
+        return None
 
     @torch.no_grad()
     def merge(self, other: Self) -> Self:
@@ -192,6 +215,14 @@ class Model(ABC):
         """Move what was learned to a device, in place."""
         self._state = {name: tensor.to(device) for name, tensor in self._state.items()}
         return self
+
+    def prepared_bytes(self, device: str) -> int:
+        """Tell what a fitted model makes for its searches and keeps beside its state, at most.
+
+        Args:
+            device: "cpu" or "cuda", where it would score.
+        """
+        return 0
 
     def state(self) -> dict[str, Tensor]:
         """Give everything learned, name -> tensor, not copied.
@@ -275,6 +306,11 @@ class Model(ABC):
                 f"{tensor.shape[3]}; use the backbone and layers of the fit."
             )
 
+    def _check_class_tokens(self, features: Features) -> None:
+        """Raise InputError for NaN or infinite class tokens of a model that needs them."""
+        if self.wants_cls and features.cls is not None and not bool(features.cls.isfinite().all()):
+            raise InputError("class tokens hold NaN or infinite values; look for NaN in the images.")
+
     def _scores(self, features: Features) -> Scores:
         """Score checked images; a model whose image score takes more than patch scores replaces this."""
         return self._summarize(self._patch_scores(features), features.image_size)
@@ -286,6 +322,19 @@ class Model(ABC):
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
         """Turn patch scores (B, h, w) into image scores and maps."""
         raise NotImplementedError
+
+
+def broken_tokens(features: Features) -> Tensor:
+    """Count the patch and class tokens of each image that hold NaN or infinity; nothing waits for the device.
+
+    Args:
+        features: tensor (B, h, w, D), cls (B, D) or None.
+
+    Returns:
+        (B,), int64.
+    """
+    broken = (~features.tensor.isfinite().all(dim=3)).sum(dim=(1, 2))
+    return broken if features.cls is None else broken + ~features.cls.isfinite().all(dim=1)
 
 
 def check_features(features: Features) -> None:

@@ -24,6 +24,7 @@ from dinofast.models.mixture_scores import (
     DISTANCES,
     SCORINGS,
     Active,
+    ActiveOfState,
     active,
     log_likelihood,
     most_likely,
@@ -95,7 +96,8 @@ class DPMM(IterativeModel):
 
     Two patches of a batch may be equal, and K may exceed N: components without patches fade out and
     stay finite. `partial_fit` makes one step. Beyond one batch and its statistics, memory holds four K × D
-    arrays, 16 · K · D bytes, and twice that with validation; with "full" two of them are K × D × D.
+    arrays, 16 · K · D bytes, and twice that with validation; with "full" two of them are K × D × D. Scores
+    by densities keep what they are computed from in float64: 16 · K · D bytes, with "full" 8 · K · D² more.
 
     Raises:
         InputError: a parameter out of range.
@@ -183,7 +185,7 @@ class DPMM(IterativeModel):
             full=covariance_type == "full",
             seed=seed,
         )
-        self._active: tuple[dict[str, Tensor], dict[bool, Active]] = ({}, {})
+        self._active = ActiveOfState()
 
     @property
     def weights_(self) -> Tensor:
@@ -346,14 +348,25 @@ class DPMM(IterativeModel):
     def _prepared(self, tensor: Tensor) -> Tensor:
         return prepared_tokens(tensor, normalize=self.normalize, resample=self.resample)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move what was learned, and what scores prepared from it, to a device, in place."""
+        self._active.follow(self._state, super().to(device)._state, device)
+        return self
+
+    def prepared_bytes(self, device: str) -> int:
+        """Count the active components and what densities are computed from."""
+        return self._parts(self._rescaled).nbytes
+
+    @property
+    def _rescaled(self) -> bool:
+        return self.compat == "anomalydino-dpmm" and self.scoring in DISTANCES
+
     def _patch_scores(self, features: Features) -> Tensor:
-        rescaled = self.compat == "anomalydino-dpmm" and self.scoring in DISTANCES
-        return self._by_patch(features.tensor, partial(score_rows, scoring=self.scoring), rescaled)
+        return self._by_patch(features.tensor, partial(score_rows, scoring=self.scoring), self._rescaled)
 
     def _by_patch(
         self, tensor: Tensor, ask: Callable[[Tensor, Active], Tensor], rescaled: bool = False
     ) -> Tensor:
-        """Ask the active components about every token of (B, h, w, D); gives (B, h', w')."""
         tokens = self._prepared(tensor)
         return ask(tokens.flatten(0, 2), self._parts(rescaled)).view(tokens.shape[:3])
 
@@ -361,17 +374,9 @@ class DPMM(IterativeModel):
         return Scores(top_percent(patches), upsample_blur(patches, image_size, sigma=0.0))
 
     def _parts(self, rescaled: bool) -> Active:
-        """Choose the active components once for every state."""
-        if self._active[0] is not self._state:
-            self._active = (self._state, {})
-        _, found = self._active
-        if rescaled not in found:
-            mixture = Mixture.of(self._state)
-            found[rescaled] = active(mixture, self._rule, self.weight_threshold, rescaled=rescaled)
-        return found[rescaled]
+        return self._active.of(self._state, self._rule, self.weight_threshold, rescaled)
 
     def _shuffle(self, epoch: int) -> int:
-        """Give the seed of an epoch's order."""
         return ((self.seed << 20) + epoch + 1) % 2**63
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ def foreground_by(
     Args:
         rule: "intensity": mean gray above `intensity_threshold`. "otsu": mean gray above the image's own
             threshold, `otsu_mask`. "pca": `foreground_mask` of the features, closed on the grid. "none": all.
-        features: checked features; with `intensity` for the first two rules.
+        features: checked features; for the first two rules with an `intensity` that `check_intensity` takes.
         intensity_threshold: in [0, 1).
         mask_threshold: of "pca".
 
@@ -31,7 +31,7 @@ def foreground_by(
         (B, h, w) bool, True on the foreground; None for "none".
 
     Raises:
-        InputError: intensity or `mask_threshold` is missing, or the intensity is not (B, h, w) in [0, 1].
+        InputError: intensity or `mask_threshold` is missing.
     """
     if rule == "none":
         return None
@@ -42,16 +42,28 @@ def foreground_by(
                 "DINOv2's last block, which a Detector fills in; find a value of your own for any other."
             )
         return foreground_mask(features.tensor, mask_threshold, "2d")
-    gray, grid = features.intensity, tuple(features.tensor.shape[:3])
-    if gray is None:
+    gray = _intensity(rule, features).to(features.tensor.device)
+    return otsu_mask(gray) if rule == "otsu" else gray > intensity_threshold
+
+
+def check_intensity(rule: str, features: Features) -> None:
+    """Hold `Features.intensity` to what a rule needs.
+
+    Raises:
+        InputError: it is missing, or not (B, h, w) in [0, 1].
+    """
+    gray, grid = _intensity(rule, features), tuple(features.tensor.shape[:3])
+    if tuple(gray.shape) != grid or not bool(((gray >= 0) & (gray <= 1)).all()):
+        raise InputError(f"intensity must be {grid} with values in [0, 1], got {tuple(gray.shape)}")
+
+
+def _intensity(rule: str, features: Features) -> Tensor:
+    if features.intensity is None:
         raise InputError(
             f"foreground={rule!r} needs Features.intensity, the mean gray of each patch, which a Detector "
             "fills in; give it, or choose foreground='pca' or 'none'."
         )
-    if tuple(gray.shape) != grid or not bool(((gray >= 0) & (gray <= 1)).all()):
-        raise InputError(f"intensity must be {grid} with values in [0, 1], got {tuple(gray.shape)}")
-    gray = gray.to(features.tensor.device)
-    return otsu_mask(gray) if rule == "otsu" else gray > intensity_threshold
+    return features.intensity
 
 
 def foreground_mask(

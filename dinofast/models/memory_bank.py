@@ -172,6 +172,12 @@ class MemoryBank(SearchedModel):
             patches[image][mask[image]] = mean_below_rank(queries, others, sum(map(len, others)) // 1000)
         return self._summarize(patches, batch.image_size)
 
+    def waits_for(self) -> str | None:
+        """Tell that a mask decides how many patches are searched, see `Model.waits_for`."""
+        if not self.masking:
+            return None
+        return "masking=True searches as many patches as its mask leaves; choose masking=False"
+
     def _learn(self, features: Iterator[Features]) -> dict[str, Tensor]:
         if self.masking:
             self._threshold()

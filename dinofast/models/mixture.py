@@ -237,12 +237,47 @@ def quadratic_blocks(x: Tensor, means: Tensor, covariances: Tensor) -> tuple[Ten
         forms: blocks (n, K) of (x−μ)ᵀ Σ⁻¹ (x−μ), at least 0, in the order of the rows; one empty block
             without rows.
     """
-    kind = "full" if covariances.dim() == 3 else "diag"
-    mu, precision = means.double(), _precisions(covariances.double())
-    half_log_det, factor = factorize(mu, precision, kind)
-    blocks = row_blocks(x, BLOCK // (len(mu) * (mu.shape[1] if kind == "full" else 1)))
-    forms = (quadratic(block.double(), mu, precision, factor, kind) for block in blocks)
-    return half_log_det - 0.5 * mu.shape[1] * math.log(2 * math.pi), forms
+    parts = Quadratic.of(means, covariances)
+    return parts.constant, parts.blocks(x)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """What quadratic forms are computed from, prepared once for many rows, in float64.
+
+    Attributes:
+        means: (K, D).
+        precision: (K, D); for full covariance (K, 0), the factor says it all.
+        factor: Cholesky factors of the precisions (K, D, D), None for diagonal covariance.
+        constant: (K,), −½ (D ln 2π + ln |Σ|).
+    """
+
+    means: Tensor
+    precision: Tensor
+    factor: Tensor | None
+    constant: Tensor
+
+    @classmethod
+    def of(cls, means: Tensor, covariances: Tensor) -> Quadratic:
+        """Factorize; see `quadratic_blocks` for the arguments."""
+        full = covariances.dim() == 3
+        mu, precision = means.double(), _precisions(covariances.double())
+        half_log_det, factor = factorize(mu, precision, "full" if full else "diag")
+        constant = half_log_det - 0.5 * mu.shape[1] * math.log(2 * math.pi)
+        return cls(mu, mu.new_empty(len(mu), 0) if full else precision, factor, constant)
+
+    def to(self, device: str | torch.device) -> Quadratic:
+        """Copy to a device."""
+        factor = None if self.factor is None else self.factor.to(device)
+        moved = (x.to(device) for x in (self.means, self.precision, self.constant))
+        means, precision, constant = moved
+        return Quadratic(means, precision, factor, constant)
+
+    def blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """Give the forms of rows (N, D), see `quadratic_blocks`; nothing waits for a value."""
+        kind = "diag" if self.factor is None else "full"
+        parts = row_blocks(x, BLOCK // (len(self.means) * (1 if self.factor is None else x.shape[1])))
+        return (quadratic(part.double(), self.means, self.precision, self.factor, kind) for part in parts)
 
 
 def _check_range(mixture: Mixture) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from dinofast.errors import ArtifactError, InputError
 from dinofast.interop import takes_features
 from dinofast.models.base import Model
-from dinofast.models.foreground import RULES, foreground_by
+from dinofast.models.foreground import RULES, check_intensity, foreground_by
 from dinofast.models.image_score import top_percent
 from dinofast.models.kmeans import check_arguments, kmeans
 from dinofast.models.params import check_number, check_seed
+from dinofast.models.tokens import check_class_tokens, class_tokens
 from dinofast.ops import knn_topk, upsample_blur
 from dinofast.ops.rows import normalize_rows
 from dinofast.ops.upsample_blur import MODES
@@ -211,10 +212,29 @@ class SupportKMeans(Model):
         unit, mask = normalize_rows(features.tensor), self._foreground(features)
         return self._match(self._descriptors(features, unit, mask))
 
+    def waits_for(self) -> str | None:
+        """Tell that principal components are found by the host, see `Model.waits_for`."""
+        if self.foreground != "pca":
+            return None
+        return "foreground='pca' takes principal components; choose foreground='intensity', 'otsu' or 'none'"
+
+    def _check_queries(self, features: Features) -> None:
+        super()._check_queries(features)
+        if len(features):
+            self._check_values(features)
+
+    def _check_values(self, features: Features) -> None:
+        """Raise InputError for class tokens or intensities that cannot be used."""
+        if self.match_descriptor == "cls":
+            check_class_tokens(features)
+        if self.wants_intensity:
+            check_intensity(self.foreground, features)
+
     def _learn(self, features: Iterator[Features]) -> dict[str, Tensor]:
         descriptors: list[Tensor] = []
         centroids, counts, ranges, blank = [], [], [], 0
         for batch in features:
+            self._check_values(batch)
             unit, mask = normalize_rows(batch.tensor), self._foreground(batch)
             vectors = self._descriptors(batch, unit, mask)
             if descriptors and descriptors[-1].shape != vectors.shape[1:]:
@@ -368,24 +388,11 @@ class SupportKMeans(Model):
     def _descriptors(self, features: Features, unit: Tensor, mask: Tensor | None) -> Tensor:
         """Describe every image by one vector; gives (B, E), float32, of unit length."""
         if self.match_descriptor == "cls":
-            return normalize_rows(self._class_tokens(features))
+            return normalize_rows(class_tokens(features))
         if mask is None or self.match_descriptor == "mean_patch":
             return normalize_rows(unit.mean(dim=(1, 2)))
         seen = mask | ~mask.any(dim=(1, 2), keepdim=True)
         return normalize_rows((unit * seen[..., None]).sum(dim=(1, 2)))
-
-    def _class_tokens(self, features: Features) -> Tensor:
-        cls, b = features.cls, len(features)
-        if cls is None:
-            raise InputError(
-                "match_descriptor='cls' needs class tokens, and these features have none (EfficientNet has "
-                "none); choose match_descriptor='mean_patch' or 'mean_foreground_patch'."
-            )
-        if cls.dim() != 2 or cls.shape[0] != b or not bool(cls.isfinite().all()):
-            raise InputError(
-                f"class tokens must be finite, one row for each of {b} images, got {tuple(cls.shape)}"
-            )
-        return cls.to(features.tensor.device)
 
     def _foreground(self, features: Features) -> Tensor | None:
         """Give (B, h, w) bool, True where a patch shows the object; None where all do."""

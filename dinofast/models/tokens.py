@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from dinofast.errors import InputError
 from dinofast.ops.rows import normalize_rows
+from dinofast.types import Features
 
 
 def prepared_tokens(tokens: Tensor, *, normalize: bool, resample: int | None) -> Tensor:
@@ -26,3 +28,30 @@ def prepared_tokens(tokens: Tensor, *, normalize: bool, resample: int | None) ->
     planes = tokens.permute(0, 3, 1, 2)
     planes = interpolate(planes, (resample, resample), mode="bilinear", align_corners=False)
     return planes.permute(0, 2, 3, 1).contiguous()
+
+
+def class_tokens(features: Features) -> Tensor:
+    """Give class tokens (B, E) on the device of the patches, for a model that matches images by them.
+
+    Raises:
+        InputError: there are none.
+    """
+    if features.cls is None:
+        raise InputError(
+            "match_descriptor='cls' needs class tokens, and these features have none (EfficientNet has "
+            "none); choose match_descriptor='mean_patch' or 'mean_foreground_patch'."
+        )
+    return features.cls.to(features.tensor.device)
+
+
+def check_class_tokens(features: Features) -> None:
+    """Hold class tokens to what a model that matches images by them needs.
+
+    Raises:
+        InputError: there are none, not one row for each image, or NaN or infinite ones.
+    """
+    cls, b = class_tokens(features), len(features)
+    if cls.dim() != 2 or cls.shape[0] != b or not bool(cls.isfinite().all()):
+        raise InputError(
+            f"class tokens must be finite, one row for each of {b} images, got {tuple(cls.shape)}"
+        )

@@ -17,7 +17,14 @@ from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore
 from dinofast.models.iterative import IterativeModel
 from dinofast.models.params import check_number, check_seed
-from dinofast.models.zero_shot_training import Recipe, Training, TruthStore, check_cls, check_grid
+from dinofast.models.zero_shot_training import (
+    Recipe,
+    Training,
+    TruthStore,
+    check_cls,
+    check_grid,
+    finite_cls,
+)
 from dinofast.text_vectors import TextVectors, check_class_name
 from dinofast.types import Features, Scores
 
@@ -244,6 +251,7 @@ class ZeroShot(IterativeModel):
             InputError: see `score`.
         """
         self._check_queries(features)
+        finite_cls(features)
         return self._global_logits(features)
 
     @takes_features
@@ -255,6 +263,7 @@ class ZeroShot(IterativeModel):
             InputError: see `score`.
         """
         self._check_queries(features)
+        finite_cls(features)
         q = self._adapted_cls(features)
         found = maps.AWARE_SCALE * maps.compared(self._adapted(features.tensor), q[..., None])
         grid = found.view(self.n_taps, *features.tensor.shape[:3])

@@ -104,7 +104,7 @@ def check_cls(features: Features) -> Tensor:
     """Give the class tokens (B, D) of checked features.
 
     Raises:
-        InputError: there are none, of another shape or device, or NaN or infinite ones.
+        InputError: there are none, or of another shape or device.
     """
     cls, d = features.cls, features.tensor.shape[3]
     if cls is None:
@@ -117,6 +117,16 @@ def check_cls(features: Features) -> Tensor:
             f"cls must be floating (B, D) = {(len(features), d)} on {features.tensor.device}, got "
             f"{cls.dtype} {tuple(cls.shape)} on {cls.device}"
         )
+    return cls
+
+
+def finite_cls(features: Features) -> Tensor:
+    """Give the class tokens (B, D) of checked features, all finite.
+
+    Raises:
+        InputError: see `check_cls`; NaN or infinite ones.
+    """
+    cls = check_cls(features)
     if not bool(cls.isfinite().all()):
         raise InputError("class tokens hold NaN or infinite values; look for NaN in the images.")
     return cls
@@ -139,7 +149,7 @@ def check_truth(batch: Features) -> tuple[Tensor, Tensor]:
         InputError: no masks or class tokens, or of another form; a grid of one patch.
     """
     check_grid(batch)
-    cls, masks = check_cls(batch), batch.masks
+    cls, masks = finite_cls(batch), batch.masks
     if masks is None:
         raise InputError(
             "zero_shot learns from images with masks, normal and abnormal, and a batch came without; set "

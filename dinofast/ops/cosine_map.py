@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinofast.ops.cosine_max import OP as COSINE_MAX
 from dinofast.ops.registry import Cost, Sample, define
-from dinofast.ops.rows import check_rows, require, result_dtype
+from dinofast.ops.rows import check_rows, require, result_dtype, search_workspace
 from dinofast.ops.upsample_blur import resample
 
 
@@ -103,6 +103,13 @@ def _cost(features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | 
     return Cost(bytes=moved, flops=2 * n * prototypes.shape[0] * d + 8 * pixels)
 
 
+def _workspace(
+    device: str, features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None
+) -> int:
+    n = features.shape[:3].numel()
+    return 12 * n + search_workspace(device, n, *prototypes.shape)
+
+
 OP = define(
     "cosine_map(Tensor features, Tensor prototypes, int[] size, Tensor? mask) -> Tensor",
     reference=_reference,
@@ -111,4 +118,5 @@ OP = define(
     cost=_cost,
     inputs=(0, 1),
     differentiable=True,
+    workspace=_workspace,
 )

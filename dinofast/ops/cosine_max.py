@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.registry import Cost, define
-from dinofast.ops.rows import BLOCK, check_rows, normalize_rows, result_dtype, row_blocks, row_samples
+from dinofast.ops.rows import (
+    BLOCK,
+    check_rows,
+    normalize_rows,
+    result_dtype,
+    row_blocks,
+    row_samples,
+    search_workspace,
+)
 
 
 def cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,4 +87,5 @@ OP = define(
     inputs=(0, 1),
     verify=_verify,
     differentiable=True,
+    workspace=lambda device, x, y: search_workspace(device, len(x), *y.shape),
 )

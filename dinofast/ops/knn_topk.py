@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.registry import Cost, Sample, define
-from dinofast.ops.rows import BLOCK, check_rows, normalize_rows, require, result_dtype, row_samples
+from dinofast.ops.rows import (
+    BLOCK,
+    check_rows,
+    normalize_rows,
+    require,
+    result_dtype,
+    row_samples,
+    search_workspace,
+)
 
 if TYPE_CHECKING:
     from dinofast.ops.bank import Bank
@@ -164,6 +172,18 @@ def _cost(queries: Tensor, bank: Tensor, k: int, metric: str) -> Cost:
     return Cost(bytes=(q + m) * d * queries.element_size() + q * k * 12, flops=2 * q * m * d)
 
 
+def knn_workspace(device: str, queries: Tensor, m: int, k: int) -> int:
+    """Give the most bytes that a search for k of m rows allocates for queries (Q, D).
+
+    Beside the blocks of `search_workspace`: on a CPU queries in tiles, on a GPU k keys for every part.
+    """
+    q, d = queries.shape
+    blocks = search_workspace(device, q, m, d)
+    if device == "cpu":
+        return blocks + 8 * min(q * d, 1 << 21)
+    return blocks + 16 * k * max(q, 1 << 15)
+
+
 def _samples() -> list[Sample]:
     pairs = row_samples((9, 2100))
     found = [Sample(s.name, (*s.args, 1, "cosine")) for s in pairs]
@@ -188,4 +208,5 @@ OP = define(
     cost=_cost,
     inputs=(0, 1),
     verify=_verify,
+    workspace=lambda device, x, y, k, _metric: knn_workspace(device, x, len(y), k),
 )

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dinofast.ops.knn_topk import METRICS
+from dinofast.ops.knn_topk import METRICS, knn_workspace
 from dinofast.ops.knn_topk import _reference as search
 from dinofast.ops.knn_topk import _verify as verify
 from dinofast.ops.registry import Cost, Sample, define
@@ -193,4 +193,5 @@ OP = define(
     cost=_cost,
     inputs=(0,),
     verify=_verify,
+    workspace=lambda device, x, packed, k, _metric, _probes: knn_workspace(device, x, len(packed[0]), k),
 )

@@ -13,12 +13,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from dinofast.errors import InputError, KernelError
+
+T = TypeVar("T")
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """Every backend name, in the order in which offers are tried."""
@@ -31,6 +33,7 @@ MISSING: dict[str, str] = {}
 
 _LIBRARY: Any = cast(Any, torch.library.Library)("dinofast", "DEF")
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
+_KEEPING: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("dinofast_kept", default=None)
 _LOG = logging.getLogger("dinofast.ops")
 
 
@@ -80,6 +83,8 @@ class Op:
             are float32. All may be float64 together.
         verify: raises when integer results do not mean what they must; None when there are none.
         differentiable: whether a gradient formula exists; without one, inputs that require grad are refused.
+        workspace: takes a device type and the arguments, whose values it does not read; most bytes that a
+            kernel for this device allocates beside its results, within a tenth.
         tolerance: takes (args, index of a floating result); what a kernel may err beyond twice torch's own
             error in the same dtype: (absolute, relative). Sums over N rows state theirs here.
         kernels: offers, in the order in which they are tried.
@@ -93,6 +98,7 @@ class Op:
     verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None
     differentiable: bool
     tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]]
+    workspace: Callable[..., int]
     kernels: list[Kernel] = field(default_factory=list)
 
 
@@ -107,6 +113,7 @@ def define(
     verify: Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], None] | None = None,
     differentiable: bool = False,
     tolerance: Callable[[tuple[Any, ...], int], tuple[float, float]] = lambda _args, _i: (1e-6, 0.0),
+    workspace: Callable[..., int] = lambda _device, *_args: 0,
 ) -> Op:
     """Declare an operator.
 
@@ -123,12 +130,13 @@ def define(
         verify: see `Op`.
         differentiable: see `Op`.
         tolerance: see `Op`.
+        workspace: see `Op`.
 
     Returns:
         The operator, also found under its name in `OPS`.
     """
     name = schema.partition("(")[0]
-    op = Op(name, reference, samples, cost, inputs, verify, differentiable, tolerance)
+    op = Op(name, reference, samples, cost, inputs, verify, differentiable, tolerance, workspace)
     op.kernels.append(Kernel("reference", ("cpu", "cuda"), reference))
 
     def run(*args: Any) -> Any:
@@ -239,6 +247,25 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+@contextmanager
+def keeping() -> Iterator[list[object]]:
+    """Collect what the kernels inside read from caches, for who records them and must keep it alive."""
+    found: list[object] = []
+    token = _KEEPING.set(found)
+    try:
+        yield found
+    finally:
+        _KEEPING.reset(token)
+
+
+def kept(cached: T) -> T:
+    """Pass on what a cache of device memory gave, so that `keeping` sees it; a cache may let go of it."""
+    found = _KEEPING.get()
+    if found is not None:
+        found.append(cached)
+    return cached
 
 
 def choose(op: Op, args: tuple[Any, ...]) -> Kernel:

@@ -141,3 +141,16 @@ def row_samples(*counts: tuple[int, int], dims: Sequence[int] = (1, 7, 33, 130, 
     found.append(Sample("strided", (draw(66, 40)[::2, 7:], draw(140, 40)[::2, 7:])))
     found.append(Sample("transposed", (draw(33, 41).T, draw(33, 70).T)))
     return found
+
+
+def search_workspace(device: str, n: int, k: int, d: int) -> int:
+    """Give the most bytes that a search for the best of k columns for n rows of D channels allocates.
+
+    On a CPU a block of at most 2 Mi floats of packed columns, at unit length and as codes, and tiles of
+    rows a thread. On a GPU a best so far for each of at most 64 parts and 32768 rows and parts together,
+    and two factors a row.
+    """
+    if device == "cpu":
+        block = min(k + 31, max(32, (1 << 21) // d))
+        return 9 * block * d + 48 * block + torch.get_num_threads() * (1200 * d + (96 << 12))
+    return 12 * max(n, 1 << 15) + 8 * (n + k)

@@ -246,6 +246,11 @@ def _cost(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) 
     return Cost(bytes=map.numel() * map.element_size() + 4 * b * size[0] * size[1], flops=products)
 
 
+def _workspace(device: str, map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> int:
+    """Two maps of rows still to be combined on a CPU, all of them on a GPU."""
+    return 4 * (2 if device == "cpu" else len(map)) * map.shape[1] * size[1]
+
+
 OP = define(
     "upsample_blur(Tensor map, int[] size, float sigma, str mode, str boundary) -> Tensor",
     reference=_reference,
@@ -253,4 +258,5 @@ OP = define(
     samples=_samples,
     cost=_cost,
     inputs=(0,),
+    workspace=_workspace,
 )

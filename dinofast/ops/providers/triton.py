@@ -20,7 +20,7 @@ from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.providers.shared import DTYPES, dense, refuse_cosine_max
-from dinofast.ops.registry import MISSING, Kernel, provide
+from dinofast.ops.registry import MISSING, Kernel, kept, provide
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
 
@@ -123,7 +123,7 @@ def _upsample_blur(map: Tensor, size: list[int], sigma: float, mode: str, bounda
     pixels = upsample_blur_results(map, size, sigma, mode, boundary)
     (h, w), (height, width) = map.shape[1:], size
     with _on(map):
-        axes = _axes((h, w), (height, width), sigma, mode, boundary, map.device)
+        axes = kept(_axes((h, w), (height, width), sigma, mode, boundary, map.device))
         upsample_blur(map.contiguous(), *axes, pixels)
     return pixels
 
@@ -143,7 +143,7 @@ def _cosine_map(features: Tensor, prototypes: Tensor, size: list[int], mask: Ten
     (b, h, w, d), (height, width) = features.shape, size
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
     with _on(features):
-        axes = _axes((h, w), (height, width), 0.0, "bilinear", "reflect", features.device)
+        axes = kept(_axes((h, w), (height, width), 0.0, "bilinear", "reflect", features.device))
         rows = dense(features.reshape(-1, d))
         cosine_map(rows, dense(prototypes), (b, h, w), bits, *axes, pixels)
     return pixels

@@ -1,0 +1,124 @@
+"""One size: its recorded path, and two sets of buffers, so that a batch is copied while another computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinofast.capture.path import Path
+from dinofast.capture.recorder import Recorder
+from dinofast.errors import InputError
+from dinofast.imaging import RGB
+from dinofast.ops.registry import keeping
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a replay said of n images, on the host: (n,), (n, H, W) and (n,), see `Path`."""
+
+    score: Tensor
+    map: Tensor
+    broken: Tensor
+
+
+class Bucket:
+    """A path recorded for images of one size, and what feeds it.
+
+    Args:
+        path: what to record.
+        pixels: (H', W') of resized images.
+        batch: images of one replay.
+        recorder: of the device.
+
+    Raises:
+        InputError: the path cannot be recorded; nothing was.
+    """
+
+    def __init__(self, path: Path, pixels: tuple[int, int], batch: int, recorder: Recorder) -> None:
+        self.batch = batch
+        shape, byte = (batch, *pixels, 3), torch.uint8
+        self._recorder, self._input = recorder, recorder.device(shape, byte)
+        with recorder.aside():
+            path(self._input)
+            path.check(self._input)
+        with keeping() as self._kept:
+            self._recording = recorder.record(path, (self._input,))
+        self._slots = [
+            _Slot(
+                recorder.host(shape, byte),
+                recorder.device(shape, byte),
+                tuple(recorder.host(x.shape, x.dtype) for x in self._recording.outputs),
+            )
+            for _ in range(2)
+        ]
+        self._turn = 0
+
+    def submit(self, images: Sequence[RGB]) -> Callable[[], Results]:
+        """Start on up to `batch` resized images; the places of others keep what they held.
+
+        Args:
+            images: each uint8 (H', W', 3); copied before this returns.
+
+        Returns:
+            What waits for the results and gives them; may be called at any time, and again.
+        """
+        slot, recorder = self._slots[self._turn], self._recorder
+        self._turn = 1 - self._turn
+        if slot.fetch is not None:
+            slot.fetch()  # then everything that reads or writes these buffers is done
+        held = slot.host.numpy()
+        for place, image in enumerate(images):
+            held[place] = image
+        copied = recorder.copy(slot.staged, slot.host)
+        done = recorder.run(lambda: self._replay(slot), after=copied)
+        found: list[Results] = []
+
+        def fetch() -> Results:
+            if not found:
+                recorder.wait(done)
+                found.append(Results(*(x[: len(images)].clone() for x in slot.results)))
+                slot.fetch = None
+            return found[0]
+
+        slot.fetch = fetch
+        return fetch
+
+    def _replay(self, slot: _Slot) -> None:
+        self._input.copy_(slot.staged)
+        self._recording.replay()
+        for target, source in zip(slot.results, self._recording.outputs, strict=True):
+            target.copy_(source, non_blocking=True)
+
+
+@dataclass
+class _Slot:
+    """Buffers of one batch on its way.
+
+    Attributes:
+        host: images, in memory that copies need not wait for.
+        staged: the same on the device.
+        results: on the host.
+        fetch: takes the results out, while nobody has.
+    """
+
+    host: Tensor
+    staged: Tensor
+    results: tuple[Tensor, ...]
+    fetch: Callable[[], Results] | None = None
+
+
+def as_size(size: Any) -> tuple[int, int]:
+    """Read (H, W).
+
+    Raises:
+        InputError: not two whole numbers, each at least 1.
+    """
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(n, int) for n in size):
+        raise InputError(f"a size is (H, W) of the images as they are read, two whole numbers, got {size!r}")
+    if min(size) < 1:
+        raise InputError(f"a size is (H, W), each at least 1, got {tuple(size)}")
+    return size[0], size[1]

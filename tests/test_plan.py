@@ -1,0 +1,167 @@
+"""dinofast plan: what it tells is what runs take, and it computes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from textures import weave
+
+import dinofast
+from dinofast import Detector, backbone, models
+from dinofast.backbone import Backbone
+from dinofast.errors import ArtifactError, InputError
+from dinofast.ops import OPS
+
+NORMAL = [weave(i) for i in range(4)]
+MIB = 1 << 20
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("memory_bank", {}),
+    ("memory_bank", {"masking": True, "mask_threshold": 0.0}),
+    ("patchcore", {"compat": "anomalib-patchcore"}),
+    ("dpmm", {"n_components": 6, "n_epochs": 1, "scoring": "mixture"}),
+    ("dpmm", {"n_components": 3, "n_epochs": 1, "scoring": "mahalanobis", "covariance_type": "full"}),
+    ("spatial_ar", {"n_epochs": 1, "hidden": 8, "n_layers": 2, "dilations": 1}),
+    ("support_kmeans", {"match_descriptor": "mean_patch"}),
+    (
+        "support_kmeans",
+        {"match_descriptor": "mean_foreground_patch", "foreground": "pca", "mask_threshold": 0.0},
+    ),
+]
+
+
+@pytest.fixture
+def saved(lite0: Backbone, tmp_path: Path) -> Path:
+    path = tmp_path / "detector.safetensors"
+    Detector(lite0).fit(NORMAL).save(path)
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks")
+@pytest.mark.parametrize(("name", "params"), [CASES[0], CASES[2], CASES[3]])
+def test_runs_take_no_more_than_a_tenth_above_what_was_told(
+    tmp_path: Path, name: str, params: dict[str, Any]
+) -> None:
+    own = backbone.load("efficientnet-lite0", size=256, device="cpu")
+    path = tmp_path / "detector.safetensors"
+    Detector(own, models.create(name, **params)).fit(NORMAL[:2]).save(path)
+    # large blocks come from the system and go back at once, so that the peak is what is asked for
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment["OMP_NUM_THREADS"] = "1"
+    script = Path(__file__).parent / "measured_peak.py"
+    command = [sys.executable, str(script), str(path), "256", "320", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    embedding, scoring = json.loads(done.stdout)
+    told = dinofast.plan(path, (256, 320), 4, device="cpu")
+    assert embedding <= told.backbone_workspace / 0.9 + MIB
+    assert scoring <= told.model_workspace / 0.9 + MIB
+    assert told.backbone_workspace <= 1.5 * embedding + MIB
+    assert told.model_workspace <= 3 * scoring + 4 * MIB
+
+
+@pytest.mark.parametrize(("name", "params"), CASES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_model_is_told(
+    lite0: Backbone, tmp_path: Path, name: str, params: dict[str, Any], device: str
+) -> None:
+    detector = Detector(lite0, models.create(name, **params)).fit(NORMAL)
+    path = tmp_path / "detector.safetensors"
+    detector.save(path)
+    one, four = (dinofast.plan(path, (200, 150), batch, device=device) for batch in (1, 4))
+    assert (one.size, one.pixels, one.batch, one.device) == ((200, 150), (128, 96), 1, device)
+    assert one.model == repr(detector.model)
+    assert one.backbone_bytes == sum(x.nbytes for x in [*lite0.parameters(), *lite0.buffers()])
+    assert one.model_bytes == sum(x.nbytes for x in detector.model.state().values())
+    assert four.backbone_workspace > 3.5 * one.backbone_workspace
+    maps = 4 * 200 * 150
+    assert four.model_workspace >= max(one.model_workspace, 4 * maps)
+    both = max(one.backbone_workspace, one.model_workspace)
+    assert one.peak_bytes == one.backbone_bytes + one.model_bytes + one.prepared_bytes + both
+    json.dumps(one.to_dict())
+
+
+def test_a_bank_that_a_cpu_prepares_is_counted(lite0: Backbone, tmp_path: Path) -> None:
+    model = models.create("memory_bank")
+    model.load_state({"bank": torch.nn.functional.normalize(torch.randn(5000, 232), dim=1)})
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    cpu, cuda = (dinofast.plan(path, (96, 96), backbone=name, device=device) for name, device in (
+        ("efficientnet-lite0", "cpu"), ("efficientnet-lite0", "cuda"),
+    ))  # fmt: skip
+    assert cuda.prepared_bytes == 0
+    assert cpu.model_bytes == cuda.model_bytes == 4 * 5000 * 232
+    found = model._searched("cosine")
+    assert not isinstance(found, torch.Tensor)
+    held = found.nbytes - found.rows.nbytes
+    assert 0.9 * held <= cpu.prepared_bytes <= 1.5 * held
+
+
+def test_tensors_stay_in_the_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(torch.Tensor, "clone", refuse)
+    assert dinofast.artifact.read(saved, None, mapped=True)[0]["model.bank"].shape == (144, 232)
+
+
+def test_bad_questions(saved: Path, tmp_path: Path, lite0: Backbone) -> None:
+    for words, call in (
+        ("unknown device 'tpu'; one of cpu, cuda", lambda: dinofast.plan(saved, (96, 96), device="tpu")),
+        ("batch must be a whole number, at least 1, got 0", lambda: dinofast.plan(saved, (96, 96), 0)),
+        ("8x96 pixels: smaller than one patch", lambda: dinofast.plan(saved, (8, 96))),
+        ("no such file", lambda: dinofast.plan(tmp_path / "absent", (96, 96))),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+    model = tmp_path / "model.safetensors"
+    Detector(lite0).fit(NORMAL).model.save(model)
+    with pytest.raises(InputError, match="holds a model without its backbone; name that of the fit"):
+        dinofast.plan(model, (96, 96))
+    with pytest.raises(InputError, match="fitted on D = 232, and random:dinov2-small:0 gives D = 384"):
+        dinofast.plan(model, (96, 96), backbone="random:dinov2-small")
+    other = backbone.load("efficientnet-lite0", size=64, device="cpu")
+    with pytest.raises(ArtifactError, match="was fitted with efficientnet-lite0"):
+        dinofast.plan(saved, (96, 96), backbone=other)
+
+
+def test_workspaces_are_told_without_values() -> None:
+    x, y = torch.empty(1024, 384, device="meta"), torch.empty(100_000, 384, device="meta")
+    map = torch.empty(2, 32, 32, device="meta")
+    told = {
+        device: (
+            OPS["cosine_max"].workspace(device, x, y),
+            OPS["knn_topk"].workspace(device, x, y, 3, "cosine"),
+            OPS["upsample_blur"].workspace(device, map, [448, 448], 4.0, "bilinear", "reflect"),
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert all(0 < size < 32 * MIB for sizes in told.values() for size in sizes)
+    assert told["cpu"][2] == 4 * 2 * 32 * 448
+
+
+def test_the_command(saved: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dinofast.cli",
+        "plan",
+        str(saved),
+        "--size",
+        "96",
+        "128",
+        "--batch",
+        "2",
+    ]
+    command += ["--device", "cuda"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == dinofast.plan(saved, (96, 128), 2, device="cuda").to_dict()
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "MemoryBank() on efficientnet-lite0, float32, cuda" in said
+    assert "2 images of 96x128" in said
+    assert "peak bytes" in said

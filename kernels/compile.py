@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from dinofast.kernels import cosine_map, cosine_max, farthest_point, kmeans_step, knn_topk, resample
+from dinofast.kernels import (
+    cosine_map,
+    cosine_max,
+    farthest_point,
+    kmeans_step,
+    knn_topk,
+    knn_topk_coded,
+    resample,
+)
 from dinofast.kernels.tile import Variant
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-LAUNCHERS = (cosine_max, knn_topk, cosine_map, resample, farthest_point, kmeans_step)
+LAUNCHERS = (cosine_max, knn_topk, knn_topk_coded, cosine_map, resample, farthest_point, kmeans_step)
 
 
 @dataclass(frozen=True)

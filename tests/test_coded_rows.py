@@ -51,8 +51,9 @@ def truth(x, y, k, metric):
     index = np.argsort(found, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(found, index, 1), index
 
-def hold(label, x, y, k, metric, kind, device=CPU):
-    coded = CodedRows(y, metric, kind, device)
+def hold(label, x, y, k, metric, kind, gathers=False):
+    coded = CodedRows(y, metric, kind, CPU)
+    coded._gathers = gathers  # as it does where rows are on the host and the device is another
     distance, index = coded.search(x, k)
     wanted, at = truth(x, y, k, metric)
     assert (distance.numpy() == wanted).all(), (label, kind, k, metric, distance, wanted)
@@ -116,10 +117,70 @@ queries = torch.cat([y[:2] + 1e-4 * x[:2], x[:2]])
 knn_topk_coded.ROOM = 8
 used = hold("dense", queries, dense, 2, "euclidean", torch.int8)
 assert int(used.max()) == 600, used
-used = hold("dense on the host", queries, dense, 2, "euclidean", torch.int8)
-coded_rows.CODED = 96 * 50  # several blocks
-used = hold("blocks", queries, dense, 2, "cosine", torch.int8)
+coded_rows.CODED, coded_rows.GATHERED = 96 * 250, 3  # several blocks, several slices
+used = hold("dense on the host", queries[1:], dense, 2, "cosine", torch.int8, True)
+used = hold("random on the host", x[:3], y.bfloat16(), 2, "sqeuclidean", torch.int8, True)
+assert int(used.max()) < 60, used
 """)
+
+
+def test_a_bank_searches_by_codes_and_tells_bytes_and_candidates(tmp_path):
+    interpret(
+        f"path = {str(tmp_path)!r}"
+        + """
+x, y = randn(3, 384), randn(200, 384)
+lowp = ops.Bank(y, strategy="lowp")
+half = ops.Bank(y.bfloat16())
+plain = ops.Bank(y)
+assert [b.strategy for b in (lowp, half, plain)] == ["lowp", "lowp", "float32"], plain.reason
+assert ops.Bank(y, strategy="pruned").reason == "'pruned' runs on the CPU only"
+assert half.rows.dtype == torch.bfloat16 and half.rows.data_ptr() == half._coded.codes.codes.data_ptr()
+BRATS, GB = 7_680_000 / 200, 1e9
+rows = lowp.rows.nbytes
+assert (lowp.nbytes_by_device["cpu"] - rows) * BRATS <= 3.5 * GB, "codes on the device, rows on the host"
+assert half.nbytes * BRATS <= 6.5 * GB and half.nbytes == sum(half.nbytes_by_device.values())
+assert lowp.candidates != lowp.candidates  # NaN
+found = [ops.knn_topk(x, bank, 2) for bank in (lowp, plain)]
+assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+mean, most = lowp.candidates
+assert 2 <= mean <= most < 100 and lowp.visited_share == 1, (mean, most)
+lowp.add(x).remove(torch.arange(10))
+distance, index = lowp.search(x, 1)
+assert index.flatten().tolist() == [190, 191, 192] and float(distance.max()) < 1e-6
+half.add(x.bfloat16())
+assert half.search(x.bfloat16(), 1)[1].flatten().tolist() == [200, 201, 202]
+try:
+    half.add(x)
+except InputError as error:
+    assert "keeps torch.bfloat16" in str(error)
+else:
+    raise SystemExit("float32 rows were rounded")
+half.save(path + "/bank")
+assert ops.Bank.load(path + "/bank").search(x.bfloat16(), 1)[1].flatten().tolist() == [200, 201, 202]
+np.save(path + "/rows.npy", y.numpy())
+mapped = ops.Bank(np.load(path + "/rows.npy", mmap_mode="r"), "euclidean", "lowp", device="cpu")
+mapped._coded._gathers = True
+assert mapped.mapped and mapped.strategy == "lowp"
+wanted, at = truth(x, y, 3, "euclidean")
+distance, index = mapped.search(x, 3)
+assert (distance.numpy() == wanted).all() and (index.numpy() == at).all()
+with ops.backend("reference"):
+    assert torch.equal(lowp.search(x, 2)[1], ops.Bank(lowp.rows).search(x, 2)[1])
+    try:
+        ops.Bank(y, device="cuda")
+    except InputError as error:
+        assert "cannot be searched on cuda:0" in str(error)
+    else:
+        raise SystemExit("a device without kernels was taken")
+for wrong in (lambda: lowp.search(x[:, :5], 1), lambda: lowp.search(x, 0), lambda: lowp.search(x, 500)):
+    try:
+        wrong()
+    except RuntimeError as error:
+        assert str(error).startswith("knn_topk: "), error
+    else:
+        raise SystemExit("taken")
+"""
+    )
 
 
 def test_zero_broken_tiny_and_huge_rows_and_queries():

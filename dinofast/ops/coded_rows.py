@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dinofast.errors import InputError
 from dinofast.ops import providers
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.mapped_rows import search_blocks
@@ -16,9 +17,9 @@ from dinofast.ops.rows import require
 MOST_K = 64
 MOST_ROWS = 1 << 30
 MOST_D = 1 << 17  # channels whose products of codes, 127² each, cannot overflow int32
-CODED = 1 << 24  # elements that are coded at a time
+CODED = 1 << 22  # elements that are coded at a time
 QUERIES = 8192  # that are searched at a time
-GATHERED = 1 << 18  # rows that are fetched from the host at a time
+GATHERED = 1 << 16  # rows that are fetched from the host at a time
 UP = 1 + 1e-6  # above what rounding a float64 to float32 can take away
 NO_KEY = (1 << 63) - 1
 LEAST, MOST = 2.0**-60, 2.0**60  # norms whose squares and products stay within float32
@@ -107,6 +108,23 @@ def encode(
     )
 
 
+def choose_codes(rows: Tensor, wanted: str, device: torch.device, few: int) -> tuple[str, str, torch.dtype]:
+    """Choose the strategy of a `Bank` on a device, why if it is not the one wanted, and the codes.
+
+    Raises:
+        InputError: no codes serve so many rows or channels.
+    """
+    m, d = rows.shape
+    if m > MOST_ROWS or d > MOST_D:
+        raise InputError(f"Bank: a GPU searches at most {MOST_ROWS} rows of {MOST_D} channels, got {(m, d)}")
+    half, here = rows.dtype == torch.bfloat16, rows.device == device
+    if wanted == "lowp" or (wanted == "auto" and (half or not here or m >= few)):
+        reason = "" if wanted == "lowp" else f"{m} rows of {rows.dtype} on {rows.device} are scanned in short"
+        return "lowp", reason, torch.bfloat16 if half and here else torch.int8
+    reasons = {"float32": "", "auto": f"the bank has fewer than {few} rows"}
+    return "float32", reasons.get(wanted, f"{wanted!r} runs on the CPU only"), torch.float32
+
+
 class CodedRows:
     """Search rows by their codes.
 
@@ -130,6 +148,7 @@ class CodedRows:
     def __init__(self, rows: Tensor, metric: str, kind: torch.dtype, device: torch.device) -> None:
         self.rows, self.metric, self.device = rows, metric, device
         self.used = torch.zeros(0, dtype=torch.int64, device=device)
+        self._gathers = rows.device != device
         m, d = rows.shape
         own = kind == rows.dtype and rows.device == device
         self._center = None if own else self._middle()
@@ -153,7 +172,7 @@ class CodedRows:
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, CODED // self.rows.shape[1])
         for start in range(0, len(self.rows), step):
-            yield start, self.rows[start : start + step].to(self.device)
+            yield start, self.rows[start : start + step].to(self.device).contiguous()
 
     def _factors(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         return providers.unit_factors(rows) if self.metric == "cosine" else None
@@ -197,7 +216,7 @@ class CodedRows:
             lists = kernels.list_rows(coded, self.codes, k, settled, *rounding(x.shape[1]))
         full = (lists.listed > lists.row.shape[2]).any(1)
         everything = (*(factors or (coded.norm, coded.norm)), *(self.factors or (self.codes.norm,) * 2))
-        decide = self._decide_here if self.rows.device == self.device else self._decide_from_host
+        decide = self._decide_from_host if self._gathers else self._decide_here
         keys, used = decide(kernels, x, everything, lists, full, k)
         key = keys.topk(k, dim=1, largest=False).values
         distance, index = (key >> 32).to(torch.int32).view(torch.float32), key & 0x7FFFFFFF

@@ -21,7 +21,7 @@ from torch import Tensor
 SIEVES = {
     torch.int8: (64, 64, 64, {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}),
     torch.bfloat16: (64, 64, 64, {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}),
-    torch.float32: (32, 64, 32, {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}),
+    torch.float32: (32, 64, 16, {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}),
 }
 """Codes -> queries, columns and channels of a block, and options: they spill no register on sm_80, 90, 100.
 No GPU has compared them yet, nor the five numbers below."""

@@ -16,6 +16,7 @@ from dinofast.kernels import (
     farthest_point,
     kmeans_step,
     knn_topk,
+    knn_topk_coded,
     resample,
 )
 from dinofast.kernels.tile import Variant
@@ -23,7 +24,16 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-LAUNCHERS = (cosine_max, knn_topk, cosine_map, resample, farthest_point, kmeans_step, dpm_stats)
+LAUNCHERS = (
+    cosine_max,
+    knn_topk,
+    knn_topk_coded,
+    cosine_map,
+    resample,
+    farthest_point,
+    kmeans_step,
+    dpm_stats,
+)
 
 
 @dataclass(frozen=True)

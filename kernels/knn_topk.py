@@ -24,7 +24,7 @@ ROWS_AND_DEPTH = {torch.float32: (32, 16), torch.bfloat16: (64, 64), torch.float
 """The largest blocks of the scan that spill no register on sm_80, 90 and 100; no GPU has compared them."""
 NORM_ROWS, NORM_DEPTH = 16, 128
 DECIDE_DEPTH = 64
-DECIDE_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+DECIDE_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
 SPLITS = 64
 """Most parts into which the bank is split."""
 PROGRAMS = 512
@@ -101,6 +101,41 @@ def scan(
 
 
 @triton.jit
+def direct(
+    queries, bank, query_first, query_second, bank_first, bank_second, row, at, label, present,
+    d, query_stride, bank_stride, METRIC: tl.constexpr, SLOTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Give the distances (SLOTS,) of a query to the bank rows that lie `at` and have the factors of `label`.
+
+    The sum is taken in one order, whatever the layout: over steps of DEPTH channels, then by halves; so
+    kernels that call this without floating-point fusion agree bit for bit.
+    """
+    squares = tl.zeros((SLOTS, DEPTH), tl.float32)
+    for depth in range(0, d, DEPTH):
+        channel = depth + tl.arange(0, DEPTH)
+        x = tl.load(queries + row * query_stride + channel, mask=channel < d, other=0.0).to(tl.float32)
+        inside = present[:, None] & (channel < d)[None, :]
+        y = tl.load(bank + at[:, None] * bank_stride + channel[None, :], mask=inside, other=0.0)
+        y = y.to(tl.float32)
+        if METRIC == COSINE:
+            x = x * tl.load(query_first + row) * tl.load(query_second + row)
+            y = y * tl.load(bank_first + label, mask=present, other=0.0)[:, None]
+            y = y * tl.load(bank_second + label, mask=present, other=0.0)[:, None]
+        gap = x[None, :] - y
+        squares += gap * gap
+    for halving in tl.static_range(6):  # DEPTH is 64
+        left, right = tl.split(tl.reshape(squares, (SLOTS, DEPTH >> (halving + 1), 2)))
+        squares = left + right
+    total = tl.reshape(squares, (SLOTS,))
+    if METRIC == COSINE:
+        unit = tl.load(bank_second + label, mask=present, other=0.0) * tl.load(query_second + row) != 0
+        total = tl.minimum(tl.where(unit, total * 0.5, 1.0), 2.0)
+    if METRIC == EUCLIDEAN:
+        total = tl.sqrt_rn(total)
+    return total
+
+
+@triton.jit
 def decide(
     queries, bank, query_first, query_second, bank_first, bank_second, keys, distance, index,
     d, query_stride, bank_stride, k, parts,
@@ -118,25 +153,11 @@ def decide(
         least = tl.min(key, 0)
         chosen = tl.where(slot == i, least & 0x7FFFFFFF, chosen)
         key = tl.where(key == least, 0x7FFFFFFFFFFFFFFF, key)
-    total = tl.zeros((SLOTS,), tl.float32)
     present = slot < k
-    for depth in range(0, d, DEPTH):
-        channel = depth + tl.arange(0, DEPTH)
-        x = tl.load(queries + row * query_stride + channel, mask=channel < d, other=0.0).to(tl.float32)
-        inside = present[:, None] & (channel < d)[None, :]
-        y = tl.load(bank + chosen[:, None] * bank_stride + channel[None, :], mask=inside, other=0.0)
-        y = y.to(tl.float32)
-        if METRIC == COSINE:
-            x = x * tl.load(query_first + row) * tl.load(query_second + row)
-            y = y * tl.load(bank_first + chosen, mask=present, other=0.0)[:, None]
-            y = y * tl.load(bank_second + chosen, mask=present, other=0.0)[:, None]
-        gap = x[None, :] - y
-        total += tl.sum(gap * gap, 1)
-    if METRIC == COSINE:
-        unit = tl.load(bank_second + chosen, mask=present, other=0.0) * tl.load(query_second + row) != 0
-        total = tl.minimum(tl.where(unit, total * 0.5, 1.0), 2.0)
-    if METRIC == EUCLIDEAN:
-        total = tl.sqrt_rn(total)
+    total = direct(
+        queries, bank, query_first, query_second, bank_first, bank_second, row, chosen, chosen, present,
+        d, query_stride, bank_stride, METRIC, SLOTS, DEPTH,
+    )  # fmt: skip
     final = tl.where(present, (ordered(total).to(tl.int64) << 32) + chosen, 0x7FFFFFFFFFFFFFFF)
     rank = tl.sum((final[None, :] < final[:, None]).to(tl.int32), 1)
     rank = tl.where(broken, slot, rank)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +13,12 @@ from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
 from dinofast.ops.bank_forms import group, pack
+from dinofast.ops.bank_rows import check_finite, check_prepared, keep_half, prepare
+from dinofast.ops.coded_rows import CodedRows, choose_codes
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk_bank import FORMS
 from dinofast.ops.mapped_rows import MappedRows
-from dinofast.ops.rows import BLOCK, normalize_rows
+from dinofast.ops.registry import MISSING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,6 @@ WORTHWHILE = {True: 0.8, False: 0.2}
 DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
 PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
-UNIT = 4.5e-7  # how far from 1 a norm may be that the kernels take as it is; they take 2**-21
 PROBES = 8  # groups that an approximate search looks into
 
 
@@ -46,7 +46,12 @@ class Bank:
     where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 %
     without int8 instructions), else "lowp" with such instructions, else "float32".
 
-    A bank on another device than the CPU, and any bank without the native kernels, is "float32".
+    On a GPU, with Triton, "float32" and "lowp" scan rows there, list all that the proven bounds leave, and
+    decide in float32: the same results, bit for bit, as from deciding all rows. "lowp" scans bfloat16 rows as
+    they are, else int8 codes; rows on the host stay there and candidates are gathered. "auto" takes "lowp"
+    for bfloat16 rows and for 4096 rows or more, else "float32".
+
+    A bank on another device than the CPU is otherwise "float32", and so is any without the native kernels.
 
     Args:
         rows: (M, D), M >= 1, floating point, finite; copied and kept as float32. A `numpy.memmap` of float32
@@ -57,7 +62,9 @@ class Bank:
         strategy: one of "auto", "float32", "lowp", "pruned", "approximate".
         seed: of the k-means that groups rows.
         adopt: keep the rows that are given, not a copy: contiguous float32, for "cosine" of unit norm to
-            4e-7 or zero, as `add` leaves them. They must not change while the bank is used.
+            4e-7 or zero, as `add` leaves them; or bfloat16 where they are kept. They must not change.
+        device: that searches, if it is not that of rows: a GPU, for "lowp" over rows on the host, pinned or
+            memory-mapped ones too. A GPU keeps bfloat16 rows as bfloat16, unless by "float32".
 
     Attributes:
         metric: as given.
@@ -70,7 +77,7 @@ class Bank:
 
     Raises:
         InputError: rows are no matrix, not floating point, none, hold NaN or inf; unknown metric or strategy;
-            the seed is no integer of 64 bits; rows to adopt are not as said there.
+            the seed is no integer of 64 bits; rows to adopt are not as said there; the device has no kernels.
 
     >>> from dinofast.ops import knn_topk
     >>> bank = Bank(torch.eye(3))
@@ -79,6 +86,9 @@ class Bank:
     (0.0, 1, 3, 'float32')
     """
 
+    _device: torch.device | None
+    _coded: CodedRows | None
+
     def __init__(
         self,
         rows: Tensor | np.memmap[tuple[int, int], np.dtype[np.float32]],
@@ -86,19 +96,24 @@ class Bank:
         strategy: str = "auto",
         seed: int = 0,
         adopt: bool = False,
+        device: str | torch.device | None = None,
     ) -> None:
         start = time.perf_counter()
         self._configure(metric, strategy, seed)
         self.mapped = not isinstance(rows, Tensor)
+        self._place(rows.device if isinstance(rows, Tensor) else torch.device("cpu"), device)
         if isinstance(rows, Tensor):
-            if adopt:
-                _check_prepared(rows, metric)
-            self._build(rows.detach() if adopt else _prepare(rows, metric), start)
+            self._build(self._take(rows, adopt), start)
             return
         self._mapped = MappedRows(rows)
+        if self._device is not None and device is not None:
+            check_finite(self._mapped.tensor, self._mapped.next_block)
+            self._build_coded(self._mapped.tensor, start)
+            return
+        self._device = None
         if strategy not in ("auto", "float32"):
             raise InputError(f"Bank: a memory-mapped bank is searched by 'float32', not {strategy!r}")
-        _check_finite(self._mapped.tensor, self._mapped.next_block)
+        check_finite(self._mapped.tensor, self._mapped.next_block)
         self._use([self._mapped.tensor], "float32", "the rows are memory-mapped", start)
 
     def _configure(self, metric: str, strategy: str, seed: int) -> None:
@@ -109,6 +124,23 @@ class Bank:
         if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
             raise InputError(f"Bank: seed must be an integer of 64 bits, got {seed!r}")
         self.metric, self._wanted, self._seed = metric, strategy, seed
+
+    def _place(self, rows: torch.device, device: str | torch.device | None) -> None:
+        target = rows if device is None else torch.device(device)
+        if target.type == "cuda" and target.index is None:
+            target = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        found = providers.coded_kernels(target) is not None
+        if target != rows and not found:
+            why = MISSING.get("triton", "another backend is forced, or it is no GPU")
+            raise InputError(f"Bank: rows on {rows} cannot be searched on {target}: {why}")
+        self._device, self._coded = target if found else None, None
+
+    def _take(self, rows: Tensor, adopt: bool = False) -> Tensor:
+        if self._device is not None and rows.dtype == torch.bfloat16 and self._wanted != "float32":
+            return keep_half(rows, adopt)
+        if adopt:
+            check_prepared(rows, self.metric)
+        return rows.detach() if adopt else prepare(rows, self.metric)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.mapped:
@@ -123,13 +155,28 @@ class Bank:
 
     @property
     def rows(self) -> Tensor:
-        """The rows (M, D), float32; for cosine scaled to unit norm, unless memory-mapped."""
+        """The rows (M, D), float32; for cosine scaled to unit norm, unless memory-mapped or bfloat16."""
         return self.packed[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes that all prepared forms take, the rows included."""
-        return sum(x.nbytes for x in self.packed)
+        return sum(self.nbytes_by_device.values())
+
+    @property
+    def nbytes_by_device(self) -> dict[str, int]:
+        """The same for each device, such as {"cuda:0": ..., "cpu": ...}."""
+        found: dict[str, int] = {}
+        for x in (*self.packed, *(self._coded.prepared if self._coded is not None else [])):
+            found[str(x.device)] = found.get(str(x.device), 0) + x.nbytes
+        return found
+
+    @property
+    def candidates(self) -> tuple[float, float]:
+        """Mean and most rows that the last search on a GPU decided for a query; NaN before, and elsewhere."""
+        if self._coded is None or not len(self._coded.used):
+            return float("nan"), float("nan")
+        return float(self._coded.used.double().mean()), float(self._coded.used.max())
 
     def add(self, rows: Tensor) -> Self:
         """Append rows and prepare the bank anew.
@@ -141,11 +188,13 @@ class Bank:
             The bank itself; unchanged when an error is raised.
 
         Raises:
-            InputError: as the constructor; D or device differ; the bank is memory-mapped.
+            InputError: as the constructor; D, device or the dtype kept differ; the bank is memory-mapped.
         """
         start = time.perf_counter()
         self._refuse_mapped("add")
-        new = _prepare(rows, self.metric)
+        new = self._take(rows)
+        if new.dtype != self.rows.dtype:
+            raise InputError(f"Bank.add: the bank keeps {self.rows.dtype}, the rows are {new.dtype}")
         if new.shape[1] != self.rows.shape[1] or new.device != self.rows.device:
             raise InputError(
                 f"Bank.add: the bank has D = {self.rows.shape[1]} on {self.rows.device}, "
@@ -184,14 +233,15 @@ class Bank:
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows, the metric, the strategy asked for and the seed to one file.
+        """Write the rows, in float32, the metric, the strategy asked for and the seed to one file.
 
         Raises:
             InputError: the file cannot be written; the bank is memory-mapped, a file already.
         """
         self._refuse_mapped("save")
         config = {"metric": self.metric, "strategy": self._wanted, "seed": self._seed}
-        artifact.write(path, "bank", {"rows": self.rows}, config)
+        rows = self.rows if self.rows.dtype == torch.float32 else prepare(self.rows, self.metric)
+        artifact.write(path, "bank", {"rows": rows}, config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -210,10 +260,11 @@ class Bank:
             if set(tensors) != {"rows"} or set(config) != {"metric", "strategy", "seed"}:
                 raise InputError(f"Bank: holds {sorted(tensors)} with {sorted(config)}")
             bank._configure(**config)
-            _check_prepared(tensors["rows"], bank.metric)
+            check_prepared(tensors["rows"], bank.metric)
         except InputError as error:
             raise ArtifactError(f"{path}: not what a bank saves ({error}); save the bank again.") from error
         bank.mapped = False
+        bank._place(tensors["rows"].device, None)
         bank._build(tensors["rows"], start)
         return bank
 
@@ -228,6 +279,9 @@ class Bank:
 
     def _build(self, rows: Tensor, start: float) -> None:
         """Prepare the forms of the wanted strategy, or of the one that `auto` finds best."""
+        if self._device is not None:
+            self._build_coded(rows, start)
+            return
         wanted, m = self._wanted, rows.shape[0]
         reason = _no_codes(rows)
         if wanted == "lowp" and not reason and not providers.has_int8():
@@ -247,6 +301,14 @@ class Bank:
         recall = self._measure_recall(packed) if wanted == "approximate" else 1.0
         self._use(packed, wanted, "", start)
         self.recall = recall
+
+    def _build_coded(self, rows: Tensor, start: float) -> None:
+        assert self._device is not None
+        strategy, reason, kind = choose_codes(rows, self._wanted, self._device, FEW)
+        if kind == torch.float32:
+            rows = rows.to(self._device, torch.float32)
+        self._coded = CodedRows(rows, self.metric, kind, self._device)
+        self._use([rows], strategy, reason, start)
 
     def _choose(self, packed: list[Tensor], start: float) -> None:
         visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
@@ -274,6 +336,12 @@ class Bank:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Answer `knn_topk(queries, self, k)`."""
+        if self._coded is not None:
+            if self.mapped:
+                self._mapped.next_block()
+            found = self._coded.search(queries, k)
+            self.visited_share = 1.0
+            return found
         if self.mapped:
             found = self._mapped.search(queries, k, self.metric)
             self.visited_share = 1.0
@@ -311,57 +379,6 @@ def _no_codes(rows: Tensor) -> str:
     if rows.device.type != "cpu":
         return f"the rows are on {rows.device}"
     return providers.no_codes(rows.shape[1])
-
-
-def _check_rows(rows: Tensor) -> None:
-    if rows.dim() != 2 or not rows.is_floating_point():
-        raise InputError(f"Bank: rows must be a floating-point matrix, got {rows.dtype} {tuple(rows.shape)}")
-    if rows.shape[0] == 0 or rows.shape[1] == 0:
-        raise InputError(f"Bank: no rows or no channels, got {tuple(rows.shape)}")
-
-
-def _prepare(rows: Tensor, metric: str) -> Tensor:
-    """Copy rows to contiguous float32, of unit norm for cosine; refuse what is no bank."""
-    _check_rows(rows)
-    rows = rows.detach().to(torch.float32)
-    _check_finite(rows)
-    if metric != "cosine":
-        return rows.clone(memory_format=torch.contiguous_format)
-    return providers.unit_rows(rows) if rows.device.type == "cpu" else normalize_rows(rows)
-
-
-def _check_prepared(rows: Tensor, metric: str) -> None:
-    """Refuse what `_prepare` cannot have given."""
-    _check_rows(rows)
-    if rows.dtype != torch.float32 or not rows.is_contiguous():
-        raise InputError(
-            f"Bank: rows must be contiguous float32, got {rows.dtype} of strides {rows.stride()}"
-        )
-    _check_finite(rows)
-    for start, block in _blocks(rows) if metric == "cosine" else ():
-        norm = block.double().norm(dim=1)
-        wrong = ((norm != 0) & ((norm - 1).abs() > UNIT)).nonzero()
-        if len(wrong):
-            off = f"{norm[wrong[0]].item() - 1:+.2g} off 1, more than {UNIT}"
-            raise InputError(
-                f"Bank: the norm of row {start + int(wrong[0])} is {off}; "
-                "divide rows by float64 norms, or let Bank copy them"
-            )
-
-
-def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    step = max(1, BLOCK // rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        yield start, rows[start : start + step]
-
-
-def _check_finite(rows: Tensor, between: Callable[[], None] = lambda: None) -> None:
-    for start, block in _blocks(rows):
-        between()
-        if not bool(block.sum().isfinite()):  # a sum of finite rows may overflow, so look closer
-            broken = (~block.isfinite().all(dim=1)).nonzero()
-            if len(broken):
-                raise InputError(f"Bank: row {start + int(broken[0])} holds NaN or inf; remove it")
 
 
 def _held(rows: Tensor) -> Tensor:

@@ -66,25 +66,43 @@ class MappedRows:
             InputError: see `next_block`.
             RuntimeError: queries are not floating point, or not as `knn_topk` says.
         """
-        kind = queries.dtype
-        require(queries.is_floating_point(), lambda: f"knn_topk: queries must be floating point, got {kind}")
-        dtype = result_dtype(queries)
-        found: tuple[Tensor, Tensor] | None = None
-        rows = self.tensor
-        step = max(k, STREAMED // rows.shape[1])
-        for start in range(0, max(len(rows) - k, 0) + 1, step):
-            self.next_block()
-            last = start + step > len(rows) - k
-            block = rows[start:] if last else rows[start : start + step]
-            distance, index = knn_rows(queries.to(dtype), block.to(dtype), k, metric)
-            index += start
-            if found:  # equal distances of earlier blocks stay first
-                distance, order = torch.cat([found[0], distance], 1).sort(dim=1, stable=True)
-                index = torch.cat([found[1], index], 1).gather(1, order)
-            found = distance[:, :k].contiguous(), index[:, :k].contiguous()
+        found = search_blocks(queries, self.tensor, k, metric, self.next_block)
         self._let_go()
-        assert found is not None
         return found
+
+
+def search_blocks(
+    queries: Tensor, rows: Tensor, k: int, metric: str, between: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
+    """Answer `knn_topk` block after block of rows (M, D), k <= M, on the device of the queries (Q, D).
+
+    Args:
+        queries: of any floating dtype; float64 has the rows compared in float64.
+        rows: of any floating dtype, anywhere.
+        k: as for `knn_topk`.
+        metric: as for `knn_topk`.
+        between: is called before each block.
+
+    Raises:
+        RuntimeError: queries are not floating point, or not as `knn_topk` says.
+    """
+    kind = queries.dtype
+    require(queries.is_floating_point(), lambda: f"knn_topk: queries must be floating point, got {kind}")
+    dtype = result_dtype(queries)
+    found: tuple[Tensor, Tensor] | None = None
+    step = max(k, STREAMED // rows.shape[1])
+    for start in range(0, max(len(rows) - k, 0) + 1, step):
+        between()
+        last = start + step > len(rows) - k
+        block = rows[start:] if last else rows[start : start + step]
+        distance, index = knn_rows(queries.to(dtype), block.to(queries.device, dtype), k, metric)
+        index += start
+        if found:  # equal distances of earlier blocks stay first
+            distance, order = torch.cat([found[0], distance], 1).sort(dim=1, stable=True)
+            index = torch.cat([found[1], index], 1).gather(1, order)
+        found = distance[:, :k].contiguous(), index[:, :k].contiguous()
+    assert found is not None
+    return found
 
 
 def _view(rows: np.memmap[tuple[int, int], np.dtype[np.float32]]) -> Tensor:

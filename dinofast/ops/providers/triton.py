@@ -6,7 +6,7 @@ import importlib.util
 import os
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.providers.shared import DTYPES, dense, refuse_cosine_max
-from dinofast.ops.registry import MISSING, Kernel, kept, provide
+from dinofast.ops.registry import MISSING, Kernel, forced_backend, kept, provide
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
 
@@ -33,7 +33,7 @@ _MOST_ROWS = 1 << 30
 """Row numbers of the last, partly empty block must fit int32."""
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
+def on(x: Tensor) -> AbstractContextManager[object]:
     """Launch on the device of `x`."""
     return torch.cuda.device(x.device if x.is_cuda else -1)
 
@@ -42,7 +42,7 @@ def _cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     from dinofast.kernels.cosine_max import cosine_max
 
     similarity, index = cosine_max_results(features, prototypes)
-    with _on(features):
+    with on(features):
         cosine_max(dense(features), dense(prototypes), similarity, index)
     return similarity, index
 
@@ -61,7 +61,7 @@ def _knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tenso
     from dinofast.kernels.knn_topk import knn_topk
 
     distance, index = knn_topk_results(queries, bank, k, metric)
-    with _on(queries):
+    with on(queries):
         knn_topk(dense(queries), dense(bank), k, METRICS.index(metric), distance, index)
     return distance, index
 
@@ -122,7 +122,7 @@ def _upsample_blur(map: Tensor, size: list[int], sigma: float, mode: str, bounda
 
     pixels = upsample_blur_results(map, size, sigma, mode, boundary)
     (h, w), (height, width) = map.shape[1:], size
-    with _on(map):
+    with on(map):
         axes = kept(_axes((h, w), (height, width), sigma, mode, boundary, map.device))
         upsample_blur(map.contiguous(), *axes, pixels)
     return pixels
@@ -142,7 +142,7 @@ def _cosine_map(features: Tensor, prototypes: Tensor, size: list[int], mask: Ten
     pixels = cosine_map_results(features, prototypes, size, mask)
     (b, h, w, d), (height, width) = features.shape, size
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
-    with _on(features):
+    with on(features):
         axes = kept(_axes((h, w), (height, width), 0.0, "bilinear", "reflect", features.device))
         rows = dense(features.reshape(-1, d))
         cosine_map(rows, dense(prototypes), (b, h, w), bits, *axes, pixels)
@@ -159,7 +159,7 @@ def _farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[
     from dinofast.kernels.farthest_point import farthest_point
 
     nearest, farthest = farthest_point_results(rows, min_distance, index)
-    with _on(rows):
+    with on(rows):
         farthest_point(dense(rows), min_distance.contiguous(), index, nearest, farthest)
     return nearest, farthest
 
@@ -168,7 +168,7 @@ def _kmeans_step(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor,
     from dinofast.kernels.kmeans_step import kmeans_step
 
     index, sq_distance, sums, counts = kmeans_step_results(rows, centers)
-    with _on(rows):
+    with on(rows):
         kmeans_step(dense(rows), dense(centers), index, sq_distance, sums, counts)
     return index, sq_distance, sums, counts
 
@@ -190,13 +190,38 @@ def _dpm_stats(
     log_likelihood, count, first, second = results
     wide = torch.empty_like(first) if covariance_type == "spherical" else second
     drop = negligible_nats(means.shape[0])
-    with _on(x):
+    with on(x):
         parameters = means.contiguous(), precisions.contiguous(), log_weights.contiguous()
         failed = dpm_stats(dense(x), *parameters, drop, log_likelihood, (count, first, wide))
         require_positive(failed, covariance_type)
         if covariance_type == "spherical":
             torch.sum(wide, 1, out=second)
     return results
+
+
+_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+
+
+def coded_kernels(device: torch.device) -> Any:
+    """Offer the launchers of `kernels.knn_topk_coded`; None where they do not run, or others are forced.
+
+    On the CPU, where only the interpreter runs them, they must be forced.
+    """
+    wanted = ("triton",) if device.type == "cpu" else ("triton", None)
+    if "triton" in MISSING or device.type not in _DEVICES or forced_backend() not in wanted:
+        return None
+    from dinofast.kernels import knn_topk_coded
+
+    return knn_topk_coded
+
+
+def unit_factors(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the two factors (N,) that bring rows to unit norm, as every kernel finds them."""
+    from dinofast.kernels.tile import scale_factors
+
+    with on(rows):
+        first, second = scale_factors(dense(rows))
+    return first, second
 
 
 if importlib.util.find_spec("triton") is None:
@@ -206,7 +231,6 @@ elif importlib.util.find_spec("dinofast.kernels") is None:
 elif torch.version.cuda is None and not _INTERPRETED:
     MISSING["triton"] = "this torch has no CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
 else:
-    _DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
     provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max, refuse_cosine_max))
     provide("knn_topk", Kernel("triton", _DEVICES, _knn_topk, _refuse_knn_topk))
     provide("upsample_blur", Kernel("triton", _DEVICES, _upsample_blur, _refuse_upsample_blur))

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 BUILD_FILES := pyproject.toml setup.py .ci/setup .ci/constraints.txt $(shell find csrc kernels -type f -not -name '*.pyc')
 export PYTHON
 
-.PHONY: demo test test-hosts bench lint sanitize gpu-test gpu-bench gpu-sanitize gpu-profile clean
+.PHONY: demo test test-hosts bench lint sanitize gpu-test gpu-bench gpu-sanitize gpu-profile gpu-wheels clean
 
 demo: $(VENV)/.demo  ## run the main job on real images; writes demo-output/report.html
 	$(VENV)/bin/dinofast demo
@@ -31,6 +31,9 @@ sanitize: $(VENV)/.dev  ## pass the operators' tests under the address, undefine
 
 gpu-test gpu-bench gpu-sanitize gpu-profile: gpu-%:  ## one stage on a machine with a GPU, offline, in 8 minutes
 	.ci/gpu $*
+
+gpu-wheels:  ## fetch into wheels/ what a machine with a GPU may lack
+	.ci/gpu wheels
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(BUILD_FILES)
 	.ci/setup $(VENV) $(patsubst dev,dev$(comma)triton,$(patsubst bench,bench$(comma)demo,$*))

@@ -7,7 +7,7 @@ K prototypes or components, Q queries, M bank rows, k neighbors.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Features:
     """Patch features of a batch of images that share one size.
+
+    Models also take arrays of other libraries in place of the tensors, such as CuPy's and NumPy's, without a
+    copy, and give results as the kind of `tensor`, see `dinofast.interop`.
 
     Attributes:
         tensor: patch features (B, h, w, D), floating point, not normalized.
@@ -27,11 +30,11 @@ class Features:
         class_name: what the images show, such as "brain", for models that read texts; None leaves it to them.
     """
 
-    tensor: Tensor
-    cls: Tensor | None
+    tensor: Tensor | Any
+    cls: Tensor | Any | None
     image_size: tuple[int, int]
-    intensity: Tensor | None = None
-    masks: Tensor | None = None
+    intensity: Tensor | Any | None = None
+    masks: Tensor | Any | None = None
     class_name: str | None = None
 
     def __len__(self) -> int:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -24,10 +25,33 @@ class Axis:
     Attributes:
         index: (pixels, E), int32, contiguous.
         weight: (pixels, E), float32, contiguous.
+        blocks: see `blocks`; empty where nobody asks.
     """
 
     index: Tensor
     weight: Tensor
+    blocks: Mapping[int, int] = field(default_factory=dict)
+
+
+def blocks(index: Tensor, *patches: int) -> dict[int, int]:
+    """Find blocks of pixels that touch few patches: a power of two up to 64, at least 1.
+
+    Args:
+        index: as of `Axis`, on the CPU.
+        patches: how many neighboring patches a block may touch, each at least what a single pixel does.
+
+    Returns:
+        Each of `patches` -> the most pixels of a block that starts at a multiple of its length.
+    """
+    first = torch.where(index < 0, index.max() + 1, index).amin(1)
+    last = index.amax(1)
+
+    def span(size: int) -> int:
+        starts = range(0, len(index), size)
+        return max(int(last[i : i + size].max() - first[i : i + size].min()) + 1 for i in starts)
+
+    sizes = [1 << i for i in range(7)]
+    return {most: max((s for s in sizes if span(s) <= most), default=1) for most in patches}
 
 
 @triton.jit

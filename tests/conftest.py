@@ -15,6 +15,10 @@ except ImportError:
 else:
     ISAS = _native.available_isas()
 
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # without it torch refuses products on a GPU below
+
 
 collect_ignore = [] if importlib.util.find_spec("anomalib") else ["hosts"]
 """Tests in real host projects need an environment of their own: make test-hosts."""
@@ -29,24 +33,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available() and os.environ.get("DINOFAST_REQUIRE_CUDA") != "1":
         absent["needs_cuda"] = "no GPU"
     fetching = any("network" in item.keywords for item in items)
-    if fetching and os.environ.get("DINOFAST_REQUIRE_NETWORK") != "1" and not _index_answers():
-        absent["network"] = "the package index does not answer"
+    if fetching and os.environ.get("DINOFAST_REQUIRE_NETWORK") != "1" and (problem := _index_problem()):
+        absent["network"] = problem
     for item in items:
         for marker, reason in absent.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _index_answers() -> bool:
-    """Ask the package index for one small page."""
+def _index_problem() -> str:
+    """Ask the package index for one small page; tell why it cannot be asked, or nothing."""
+    if importlib.util.find_spec("pypi_simple") is None:
+        return "pypi-simple is not installed"
     from pypi_simple import PyPISimple
 
     try:
         with PyPISimple() as index:
             index.get_project_page("pypi-simple", timeout=5)
     except OSError:
-        return False
-    return True
+        return "the package index does not answer"
+    return ""
 
 
 @pytest.fixture(params=ISAS)
@@ -76,10 +82,15 @@ def _contained_randomness():
 
 @pytest.fixture(autouse=True)
 def _nan_filled_memory():
-    """Fill memory from torch.empty with NaN, so that an unwritten result fails."""
+    """Fill memory from torch.empty with NaN, so that an unwritten result fails.
+
+    DINOFAST_INITCHECK=1 leaves it as it is, for a tool that looks for reads of it.
+    """
     before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("DINOFAST_INITCHECK") != "1"
+    torch.use_deterministic_algorithms(
+        True, warn_only=torch.cuda.is_available()
+    )  # a GPU lacks some, as cumsum
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before[0]
     torch.use_deterministic_algorithms(before[1])

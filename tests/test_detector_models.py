@@ -27,9 +27,9 @@ def test_a_fitted_model_goes_to_the_backbones_device(
 
 
 @pytest.mark.needs_cuda
-def test_a_model_fitted_on_the_cpu_predicts_on_a_gpu(lite0: Backbone) -> None:
-    model = Detector(lite0).fit(NORMAL).model
-    there = backbone.load("efficientnet-lite0", size=96, device="cuda")
+def test_a_model_fitted_on_the_cpu_predicts_on_a_gpu(dino: Backbone) -> None:
+    model = Detector(dino).fit(NORMAL).model
+    there = backbone.load("random:dinov2-small", size=70, device="cuda", compile=False)
     (found,) = Detector(there, model).predict(NORMAL[0])
     assert model.device.type == "cuda"
     assert found.map.device.type == "cpu"

@@ -54,6 +54,10 @@ def test_more_rows_than_one_block(isa, kind):
     assert_kernel(OP, KERNEL, mixture(2500, 13, 17, kind, 2.0))
 
 
+def test_more_responsibilities_than_are_kept(isa):
+    assert_kernel(OP, KERNEL, mixture(2500, 300, 3, "full", 0.0))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_for_any_number_of_threads(isa, kind, restored_threads):
     args = mixture(1500, 40, 100, kind, 0.3)
@@ -147,6 +151,16 @@ def test_rows_out_of_range_of_float32_products(isa, kind, size):
     x, means, precisions, log_weights, _ = mixture(20, 6, 5, kind)
     x[::3] *= size
     assert_within_stated_error((x, means, precisions, log_weights, kind))
+
+
+def test_column_major_precisions(isa):
+    """As torch.linalg gives inverses: the same bits without a copy."""
+    x, means, precisions, log_weights, kind = mixture(200, 6, 33, "full")
+    columns = precisions.mT.contiguous().mT
+    assert not columns.is_contiguous()
+    found = ops.dpm_stats(x, means, columns, log_weights, kind)
+    for one, other in zip(found, ops.dpm_stats(x, means, precisions, log_weights, kind), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("broken", ["means", "log_weights"])

@@ -8,10 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 TABLE = Path(__file__).parents[1] / "bench/results/triton-aot.json"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+OTHER_SPILLS = 16
+"""Bytes that a thread may spill under a Triton that the table does not record; 3.6.0 spills 8 at most."""
 
 
 def run_python(*arguments, **environment):
@@ -22,6 +25,10 @@ def run_python(*arguments, **environment):
         text=True,
         timeout=300,
     )
+
+
+def release(package):
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 def names(found):
@@ -35,17 +42,18 @@ def test_every_kernel_compiles_ahead_of_time_to_what_the_table_records(arch):
     found = json.loads(run.stdout)
     for name in OPERATORS:
         assert any(x["operator"].startswith(f"{name}.") for x in found), name
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "kernels": []}
+    same_triton = table["triton"] == version("triton")
     for kernel in found:
         assert kernel["arch"] == arch
         assert 0 < kernel["registers"] <= 255
         assert kernel["shared"] <= SHARED_LIMIT[arch]
-        assert kernel["spills"] == 0, kernel
+        assert kernel["spills"] <= (0 if same_triton else OTHER_SPILLS), kernel
     if not TABLE.exists():
         return  # an installed wheel, without bench/
-    table = json.loads(TABLE.read_text())
     recorded = [x for x in table["kernels"] if x["arch"] == arch]
     assert names(recorded) == names(found), f"renew it: python -m dinofast.kernels --record {TABLE.name}"
-    if table["triton"] == version("triton"):
+    if same_triton:
         assert recorded == found, f"renew it: python -m dinofast.kernels --record {TABLE.name}"
 
 
@@ -138,7 +146,12 @@ with ops.backend("triton"):
 """,
     "cosine_map": """
 small = [s.name for s in OPS["cosine_map"].samples() if s.name != "32x32 to 112x112"]
-hold("cosine_map", small, ["up 5x6 to 33x130", "masked", "strided"])
+halves = ["up 5x6 to 33x130", "masked", "strided"]
+hold("cosine_map", small, halves)
+from dinofast.kernels import cosine_map
+assert cosine_map.ONE_WAVE > 0
+cosine_map.ONE_WAVE = 0  # as for many images: two launches
+hold("cosine_map", small, halves)
 features, many = torch.randn(1, 4, 5, 40), torch.randn(1030, 40)  # beyond what one program compares
 with ops.backend("triton"):
     got = ops.cosine_map(features, many, (9, 11))
@@ -265,8 +278,46 @@ for outside in (-1, 300):
 }
 
 
+BLOCKS = """
+import torch
+from dinofast.kernels.resample import blocks
+from dinofast.ops.providers.triton import _axis
+from dinofast.ops.upsample_blur import resample_weights
+
+for patches, pixels in [(32, 448), (16, 37), (5, 33), (37, 518), (9, 4), (7, 7), (1, 50), (200, 3)]:
+    axis = _axis(resample_weights(patches, pixels, 0.0, "bilinear", "reflect")[0], torch.device("cpu"))
+    for most, size in axis.blocks.items():
+        touched = [set(block.flatten().tolist()) - {-1} for block in axis.index.split(size)]
+        assert all(max(t) - min(t) < most for t in touched), (patches, pixels, most, size)
+        double = [set(block.flatten().tolist()) - {-1} for block in axis.index.split(2 * size)]
+        assert size == 64 or any(max(t) - min(t) >= most for t in double), (patches, pixels, most, size)
+assert blocks(torch.tensor([[0, 1], [1, 2], [-1, 2], [2, 3]], dtype=torch.int32), 3, 4) == {3: 2, 4: 64}
+"""
+
+
+def test_blocks_of_pixels_touch_as_many_patches_as_they_may():
+    run = run_python("-W", "error", "-c", BLOCKS, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(
+    release("triton") < (3, 9) and release("numpy") >= (2, 4),
+    reason="the interpreter of Triton before 3.9 cannot count a loop's rounds under NumPy 2.4 and later",
+)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_interpreter_agrees_with_the_reference(name):
     run = run_python("-W", "error", "-c", INTERPRETED + OPERATORS[name], TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith("checked"), run.stdout + run.stderr
+
+
+def test_weights_whose_addresses_a_captured_graph_holds_are_kept(monkeypatch):
+    from dinofast.ops.providers import triton as offers
+
+    weights = object(), object()
+    monkeypatch.setattr(offers, "_CAPTURED", set())
+    monkeypatch.setattr(offers, "_copied_axes", lambda *_: weights)
+    for capturing, kept in ((False, set()), (True, {weights})):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert offers._axes((2, 2), (4, 4), 0.0, "bilinear", "reflect", torch.device("cuda")) is weights
+        assert kept == offers._CAPTURED

@@ -7,6 +7,7 @@ test_isa.py, Triton's interpreter in test_kernels.py; a GPU, where there is one,
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from dinofast import ops
 from dinofast.ops.registry import OPS
@@ -15,7 +16,7 @@ from dinofast.testing import as_tuple, assert_kernel, cast_inputs
 
 
 def to_device(args, device):
-    return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in args)
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

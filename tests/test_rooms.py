@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": LEAVES | {"imaging"},
     "text_vectors": LEAVES | {"artifact"},
     "backbone": LEAVES | {"imaging", "text_vectors"},
-    "models": LEAVES | {"ops", "artifact", "progress", "text_vectors"},
+    "models": LEAVES | {"ops", "artifact", "interop", "progress", "text_vectors"},
     "calibrate": LEAVES | {"metrics"},
     "stream": LEAVES | {"backbone", "data", "imaging", "progress"},
     "interop": LEAVES,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -48,5 +47,7 @@ def scan(path: Path, n_slices: int = 4, seed: int = 0, **bad: Any) -> Path:
         voxels[i, i, i] = value
     affine = np.array([[-0.9, 0.1, 0, 40], [0.1, 0.9, 0, -40], [0, 0, 5, -10], [0, 0, 0, 1]])
     path.parent.mkdir(parents=True, exist_ok=True)
+    import nibabel
+
     nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
     return path

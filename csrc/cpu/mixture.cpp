@@ -3,50 +3,23 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 #include <vector>
 
-#include "threads.h"
+#include "bounds.h"
 
 namespace dinofast {
 namespace {
 
-constexpr int64_t PIECE = 48;         // channels in one float32 sum
-constexpr int64_t TAIL = 96;          // channels screened at most for full covariance
-constexpr double ROUNDING = 0x1p-24;  // of float32, relative
-constexpr double SHARE = 0x1p-10;     // of the full bound that is given up, so that its error can be absolute
-constexpr double NOISE = 0x1p-12;     // nats; a float32 sum proven this close is not computed again
-constexpr int64_t CROWDED = 8;        // if one of so many pairs seems to matter, all are computed at once
-
-bool is_finite(const float* x, int64_t d) {
-    uint32_t found = 0;
-    for (int64_t i = 0; i < d; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, sizeof bits);
-        found |= (bits & 0x7fffffff) >= 0x7f800000;
-    }
-    return found == 0;
-}
-
-double squared_norm(const float* x, int64_t d) {
-    double sum = 0;
-    for (int64_t i = 0; i < d; ++i) sum += static_cast<double>(x[i]) * x[i];
-    return sum;
-}
-
-// The next float32 that is not below x.
-float round_up_to_float(double x) {
-    const float rounded = static_cast<float>(x);
-    return rounded < x ? std::nextafter(rounded, INFINITY) : rounded;
-}
+constexpr int64_t CROWDED = 8;  // if one of so many pairs seems to matter, all are computed at once
+constexpr int64_t SPARSE = 8;   // if only one of so many pairs is left, its patches are brought together
 
 }  // namespace
 
 // Where things stand in a call's memory. `y` holds for every `lanes` patches channel after channel, `sums`
 // for every `lanes` patches component after component.
 struct Screen::Work {
-    float *y, *sums, *lost;
+    float *y, *sums, *lost, *packed;
     Pair* pairs;
     double *difference, *best, *total, *known;  // `known`: the log-probability of the candidate
     float *floor, *norm;
@@ -67,6 +40,7 @@ Screen::Work Screen::place(char* scratch) const {
     take(work.y, patches * depth_);
     take(work.sums, patches * padded_);
     take(work.lost, mixture_.full ? 0 : patches * padded_);
+    take(work.packed, mixture_.full ? tile_.lanes * (depth_ + 1) : 0);
     take(work.pairs, patches * mixture_.components);
     take(work.difference, mixture_.d);
     take(work.best, patches);
@@ -82,123 +56,6 @@ Screen::Work Screen::place(char* scratch) const {
 }
 
 int64_t Screen::scratch() const { return place(nullptr).size; }
-
-Screen::Screen(const MixtureTile& tile, const Mixture& mixture, int threads)
-    : tile_(tile), mixture_(mixture), drop_(32 * std::log(2.0) + std::log(mixture.components)) {
-    const int64_t k = mixture.components, d = mixture.d, wide = tile.components;
-    padded_ = round_up(k, wide);
-    depth_ = mixture.full ? std::min(TAIL, d) : d;
-    steps_ = mixture.full ? (depth_ + wide - 1) / wide : (d + PIECE - 1) / PIECE;
-    first_ = mixture.full ? std::max<int64_t>(TAIL / 4 / wide, 1) : 1;
-    panel_ = 2 * wide * d;
-    if (mixture.full) {
-        panel_ = 0;
-        for (int64_t step = 0; step < steps_; ++step)
-            panel_ += std::min((step + 1) * wide, depth_) * (1 + wide);
-    }
-    const double error = static_cast<double>(PIECE + 16 + steps_) * ROUNDING;
-    half_ = static_cast<float>(0.5 * (1 - (mixture.full ? SHARE + 0x1p-16 : error)));
-    accept_ = static_cast<float>(2 * NOISE / ((RUN + 4) * ROUNDING));
-
-    finite_ = is_finite(mixture.means, k * d);
-    order_ = allocate<int32_t>(d);
-    order_channels();
-    const int64_t panels = mixture.full ? k : padded_ / wide;
-    panels_ = allocate<float>(panels * panel_);
-    upper_ = allocate<float>(k);
-    slack_ = allocate<float>(k);
-    constants_ = allocate<double>(k);
-    std::copy(mixture.constants, mixture.constants + k, constants_.get());
-    std::fill(slack_.get(), slack_.get() + k, 0.0f);
-    const Array<double> factors = allocate<double>(mixture.full ? d * d * threads : 1);
-    int64_t failed = k;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic) reduction(min : failed)
-    for (int64_t p = 0; p < panels; ++p) {
-        if (!mixture.full) {
-            pack_diagonal(p);
-        } else if (!pack_full(p, factors.get() + d * d * thread_number())) {
-            failed = std::min(failed, p);
-        }
-    }
-    if (failed < k) failed_ = failed;
-    for (int64_t i = 0; i < k; ++i) {
-        const double constant = constants_[i];
-        finite_ = finite_ && constant < INFINITY;
-        upper_[i] = round_up_to_float(constant);
-        if (constant > -INFINITY) largest_ = std::max(largest_, std::abs(constant));
-    }
-    if (!mixture.full) return;
-    for (int64_t i = 0; i < k; ++i) {
-        upper_[i] = round_up_to_float(constants_[i] + slack_[i] * squared_norm(mixture.means + i * d, d));
-    }
-}
-
-// By how far apart the means are, Σ_k λ_k (μ_k − μ_k₋₁)²: sums over few channels then rule out many pairs.
-void Screen::order_channels() {
-    const int64_t d = mixture_.d;
-    std::iota(order_.get(), order_.get() + d, 0);
-    if (mixture_.full || !finite_) return;
-    std::vector<double> apart(d);
-    for (int64_t k = 1; k < mixture_.components; ++k) {
-        const float *mean = mixture_.means + k * d, *precision = mixture_.precisions + k * d;
-        for (int64_t i = 0; i < d; ++i)
-            apart[i] += double{precision[i]} * (mean[i] - mean[i - d]) * (mean[i] - mean[i - d]);
-    }
-    std::stable_sort(order_.get(), order_.get() + d,
-                     [&](int32_t a, int32_t b) { return apart[a] > apart[b]; });
-}
-
-void Screen::pack_diagonal(int64_t panel) {
-    const int64_t wide = tile_.components, d = mixture_.d;
-    float* out = panels_.get() + panel * panel_;
-    for (int64_t i = 0; i < d; ++i, out += 2 * wide) {
-        for (int64_t r = 0; r < wide; ++r) {
-            const int64_t k = panel * wide + r;
-            const bool there = k < mixture_.components;
-            out[r] = there ? -mixture_.means[k * d + order_[i]] : 0;
-            out[wide + r] = there ? mixture_.precisions[k * d + order_[i]] : 0;
-        }
-    }
-}
-
-// With S = SHARE, z = Lᵀ(y − μ) over the last coordinates and e the error of the computed ẑ,
-// |z|² ≥ (1 − S)|ẑ|² − |e|²/S, and |e|² ≤ (rounding of a sum of `depth` terms)² tr Λ |y − μ|², where
-// |y − μ|² ≤ 2(|y|² + |μ|²). The second term is the backward error of the factor in float64.
-bool Screen::pack_full(int64_t k, double* factor) {
-    const int64_t d = mixture_.d, wide = tile_.components;
-    const float* precision = mixture_.precisions + k * d * d;
-    double log_det = 0, trace = 0;
-    for (int64_t i = 0; i < d; ++i) {
-        double* row = factor + i * d;
-        for (int64_t j = 0; j <= i; ++j) {
-            const double rest = precision[i * d + j] - tile_.dot_wide(row, factor + j * d, j);
-            if (j < i) {
-                row[j] = rest / factor[j * d + j];
-            } else {
-                if (!(rest > 0)) return false;
-                row[i] = std::sqrt(rest);
-                log_det += std::log(row[i]);
-            }
-        }
-        trace += precision[i * d + i];
-    }
-    constants_[k] += log_det;
-    const double sum_error = static_cast<double>(depth_ + 4) * ROUNDING;
-    const double rounding = sum_error * sum_error / SHARE + static_cast<double>(d + 2) * 0x1p-53;
-    slack_[k] = round_up_to_float(1.01 * trace * rounding);
-
-    float* out = panels_.get() + k * panel_;
-    for (int64_t step = 0; step < steps_; ++step) {
-        const int64_t left = d - (step + 1) * wide;
-        for (int64_t i = std::max(left, d - depth_); i < d; ++i) {
-            *out++ = -mixture_.means[k * d + i];
-            for (int64_t j = left; j < left + wide; ++j) {
-                *out++ = j < d - depth_ || j > i ? 0 : static_cast<float>(factor[i * d + j]);
-            }
-        }
-    }
-    return true;
-}
 
 // Bring the channels that steps `begin` to `end` need into lanes; patches that do not count become 0.
 void Screen::transpose(const Work& work, const float* y, int64_t stride, int64_t begin, int64_t end) const {
@@ -235,13 +92,52 @@ void Screen::add_step(const Work& work, int64_t step, bool exactly) const {
             }
             continue;
         }
-        int64_t offset = 0;
-        for (int64_t s = 0; s < step; ++s) offset += std::min((s + 1) * wide, depth_) * (1 + wide);
-        const int64_t depth = std::min((step + 1) * wide, depth_);
+        const int64_t depth = std::min((step + 1) * wide, depth_), offset = offset_of(step);
         for (int64_t k = 0; k < mixture_.components; ++k) {
             tile_.factored(panels_.get() + k * panel_ + offset, y + (depth_ - depth) * lanes, depth,
                            sums + k * lanes);
         }
+    }
+}
+
+// Where the panel of a step starts, for full covariance.
+int64_t Screen::offset_of(int64_t step) const {
+    int64_t offset = 0;
+    for (int64_t s = 0; s < step; ++s)
+        offset += std::min((s + 1) * tile_.components, depth_) * (1 + tile_.components);
+    return offset;
+}
+
+// For full covariance, take the steps from `begin` on for the pairs that are left.
+void Screen::add_last_steps(const Work& work, int64_t begin) const {
+    const int64_t wide = tile_.components, lanes = tile_.lanes, k_count = mixture_.components;
+    const int64_t windows = patches(true) / lanes;
+    float *y = work.packed, *packed_sums = y + lanes * depth_;
+    std::fill(y, packed_sums + lanes, 0.0f);
+    for (int64_t k = 0; k < k_count; ++k) {
+        const float* panel = panels_.get() + k * panel_;
+        float* from[MAX_LANES];
+        int64_t filled = 0;
+        const auto flush = [&] {
+            for (int64_t step = begin, offset = offset_of(begin); step < steps_; ++step) {
+                const int64_t depth = std::min((step + 1) * wide, depth_);
+                tile_.factored(panel + offset, y + (depth_ - depth) * lanes, depth, packed_sums);
+                offset += depth * (1 + wide);
+            }
+            for (int64_t lane = 0; lane < filled; ++lane) *from[lane] = packed_sums[lane];
+            filled = 0;
+        };
+        for (int64_t w = 0; w < windows; ++w) {
+            for (uint32_t alive = work.alive[w * k_count + k]; alive != 0; alive &= alive - 1) {
+                const int64_t lane = __builtin_ctz(alive);
+                const float* in = work.y + w * lanes * depth_ + lane;
+                for (int64_t c = 0; c < depth_; ++c) y[c * lanes + filled] = in[c * lanes];
+                from[filled] = work.sums + w * lanes * padded_ + k * lanes + lane;
+                packed_sums[filled] = *from[filled];
+                if (++filled == lanes) flush();
+            }
+        }
+        if (filled > 0) flush();
     }
 }
 
@@ -253,7 +149,9 @@ double Screen::evaluate(const Work& work, const float* y, int64_t k) const {
     for (int64_t i = 0; i < d; ++i) v[i] = static_cast<double>(y[i]) - mean[i];
     const float* row = mixture_.precisions + k * d * d;
     double form = 0;
-    for (int64_t i = 0; i < d; ++i, row += d) form += v[i] * (2 * tile_.dot(row, v, i) + row[i] * v[i]);
+    for (int64_t i = 0; i < d; ++i, row += d + 1) {
+        form += v[i] * (2 * tile_.dot(row + 1, v + i + 1, d - i - 1) + row[0] * v[i]);
+    }
     return constants_[k] - 0.5 * std::max(form, 0.0);
 }
 
@@ -354,9 +252,13 @@ int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log
     }
     std::fill(work.sums, work.sums + patches * padded_, 0.0f);
     int64_t done = 0;
-    bool exact = false;
+    bool exact = false, sparse = false;
     for (int64_t stop = std::min(first_, steps_); !exact; stop = std::min(2 * stop, steps_)) {
         transpose(work, y, stride, done, stop);
+        if (sparse) {
+            add_last_steps(work, done);
+            done = stop = steps_;
+        }
         for (; done < stop; ++done) add_step(work, done, false);
         choose(work, y, stride, count);
         const int64_t pairs = count * mixture_.components;
@@ -371,6 +273,7 @@ int64_t Screen::assign(const float* y, int64_t stride, int64_t count, float* log
             left = survivors(work, 1, &grown);
         }
         if (done == steps_ || left * (mixture_.full ? 64 : 32) <= pairs) break;
+        sparse = mixture_.full && left * SPARSE <= pairs;
     }
     const int64_t found = list(work, y, stride, count, exact);
 

@@ -16,7 +16,7 @@ struct Mixture {
     int64_t components, d;
     bool full;
     const float* means;       // (K, D)
-    const float* precisions;  // (K, D); (K, D, D) if full, of which the lower triangle is read
+    const float* precisions;  // (K, D); (K, D, D) if full, of which the upper triangle is read
     const double* constants;  // (K,): ln w − ½ D ln 2π, and for diagonal covariance + ½ ln |Λ|
 };
 
@@ -51,13 +51,18 @@ class Screen {
                    bool* held, int64_t rows, bool* broken, char* scratch) const;
 
   private:
+    static constexpr int64_t PIECE = 48;  // channels in one float32 sum
+
     struct Work;
     Work place(char* scratch) const;
     void order_channels();
     void pack_diagonal(int64_t k);
-    bool pack_full(int64_t k, double* factor);
+    bool factorize(int64_t k, double* factor, int64_t stride);
+    bool pack_full(int64_t k, double* factor, int64_t stride);
     void transpose(const Work& work, const float* y, int64_t stride, int64_t begin, int64_t end) const;
     void add_step(const Work& work, int64_t step, bool exactly) const;
+    int64_t offset_of(int64_t step) const;
+    void add_last_steps(const Work& work, int64_t begin) const;
     void choose(const Work& work, const float* y, int64_t stride, int64_t count) const;
     int64_t survivors(const Work& work, float growth, int64_t* grown) const;
     double evaluate(const Work& work, const float* y, int64_t k) const;

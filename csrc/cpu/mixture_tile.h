@@ -10,7 +10,7 @@ constexpr int MAX_LANES = 32;
 constexpr int RUN = 8;
 
 struct MixtureTile {
-    int components;  // that one call takes together, at most MAX_COMPONENTS
+    int components;  // that one call takes together, at most MAX_COMPONENTS and lanes / 2
     int lanes;       // patches or channels that one call takes together, at most MAX_LANES
 
     // Diagonal screen: sums[r][lane] += Σ_i (y[i][lane] − μ[i][r])² λ[i][r] over `depth` channels i. A panel
@@ -41,10 +41,14 @@ struct MixtureTile {
     void (*weigh)(const float* y, int64_t stride, const int32_t* rows, const float* weights, int64_t count,
                   bool square, float* sums);
 
-    // Σ_i (x_i − μ_i)² λ_i and the products, all in float64.
+    // Σ_i (x_i − μ_i)² λ_i and Σ_i x_i y_i, all in float64.
     double (*distance)(const float* x, const float* mean, const float* precision, int64_t d);
     double (*dot)(const float* x, const double* y, int64_t d);
-    double (*dot_wide)(const double* x, const double* y, int64_t d);
+
+    // The Cholesky factor U of Λ = Uᵀ U, row after row: take Σ_n<i U[n][i + r] U[n][j + lane] from
+    // U[i + r][j + lane], which holds Λ, over r < components and lane < lanes / 2. With `inverse`, those of
+    // the diagonal from i on, then solve for U; its rows from i to there must be known.
+    void (*eliminate)(double* factor, int64_t stride, int64_t i, int64_t j, const double* inverse);
 };
 
 }  // namespace dinofast

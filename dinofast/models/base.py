@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
+from dinofast.interop import TensorBatches, takes_features
 from dinofast.types import Features, Scores
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class Model(ABC):
         The batches are read once, in order, and never all held. The model lives on their device afterwards.
 
         Args:
-            features: batches with tensors (B, h, w, D), finite; grids and B may differ, D may not. Batches
-                without images add nothing.
+            features: batches with tensors or other arrays (B, h, w, D), finite; grids and B may differ, D may
+                not. Batches without images add nothing.
 
         Returns:
             The model itself. When an error is raised, the model is as it was.
@@ -91,9 +92,11 @@ class Model(ABC):
         Raises:
             InputError: no images at all, NaN or infinite features, D differs, or what the model says.
         """
-        self._state = self._learn(checked_stream(features))
+        with TensorBatches(features) as batches:
+            self._state = self._learn(checked_stream(batches))
         return self
 
+    @takes_features
     @torch.no_grad()
     def partial_fit(self, features: Features) -> Self:
         """Learn from one more batch of normal images, as if `fit` had got it behind the others.
@@ -118,6 +121,7 @@ class Model(ABC):
         self._state = added.state()
         return self
 
+    @takes_features
     def patch_scores(self, features: Features) -> Tensor:
         """Score every patch.
 
@@ -125,7 +129,7 @@ class Model(ABC):
             features: tensor (B, h, w, D), finite, on the model's device; B may be 0.
 
         Returns:
-            (B, h, w), float32; higher is more abnormal.
+            (B, h, w), float32, of the kind of `features.tensor`; higher is more abnormal.
 
         Raises:
             InputError: the model is not fitted, D or device differ from the fit's, NaN or infinite features.
@@ -134,6 +138,7 @@ class Model(ABC):
         with torch.no_grad():
             return self._patch_scores(features)
 
+    @takes_features
     def score(self, features: Features) -> Scores:
         """Score images and their pixels.
 
@@ -141,7 +146,8 @@ class Model(ABC):
             features: see `patch_scores`.
 
         Returns:
-            Image scores (B,) and maps (B, H, W) at `features.image_size`, float32; higher is more abnormal.
+            Image scores (B,) and maps (B, H, W) at `features.image_size`, float32, of the kind of
+            `features.tensor`; higher is more abnormal.
 
         Raises:
             InputError: see `patch_scores`.
@@ -289,7 +295,9 @@ def check_features(features: Features) -> None:
         InputError: not Features, not (B, h, w, D) floating point, an empty grid, NaN or infinite as float32.
     """
     if not isinstance(features, Features):
-        raise InputError(f"expected dinofast.Features, got {type(features).__name__}")
+        raise InputError(
+            f"expected dinofast.Features, got {type(features).__name__}; give Features(array, None, (H, W))"
+        )
     tensor = features.tensor
     if tensor.dim() != 4 or not tensor.is_floating_point():
         raise InputError(
@@ -314,8 +322,6 @@ def checked_stream(features: Iterable[Features]) -> Iterator[Features]:
     Raises:
         InputError: see `check_features`; D differs between batches; no images at all.
     """
-    if isinstance(features, Features):
-        raise InputError("expected an iterable of Features, got one batch; pass [features].")
     channels = 0
     for batch in features:
         check_features(batch)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dinofast.errors import ArtifactError, InputError
+from dinofast.interop import takes_features
 from dinofast.models import mixture_start
 from dinofast.models.base import checked_stream
 from dinofast.models.image_score import top_percent
@@ -225,6 +226,7 @@ class DPMM(IterativeModel):
         """D of the features that the model was fitted on."""
         return self.means_.shape[1]
 
+    @takes_features
     @torch.no_grad()
     def partial_fit(self, features: Features) -> Self:
         """Make one step on one batch of normal images; the first call starts from this batch.
@@ -247,6 +249,7 @@ class DPMM(IterativeModel):
             self._state = _state_of(mixture, found.double().mean())
         return self
 
+    @takes_features
     @torch.no_grad()
     def score_samples(self, features: Features) -> Tensor:
         """Give ln p of every patch under the mixture, in nats; here higher is more normal.
@@ -263,6 +266,7 @@ class DPMM(IterativeModel):
         self._check_queries(features)
         return self._by_patch(features.tensor, log_likelihood)
 
+    @takes_features
     @torch.no_grad()
     def assign(self, features: Features, *, pixels: bool = False) -> Tensor:
         """Tell which component every patch most likely belongs to.

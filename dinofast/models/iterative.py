@@ -15,6 +15,7 @@ from torch import Tensor
 from dinofast import artifact
 from dinofast.errors import ArtifactError
 from dinofast.files import check_writable
+from dinofast.interop import TensorBatches
 from dinofast.models.base import Model
 from dinofast.models.feature_store import FeatureStore
 from dinofast.types import Features
@@ -115,7 +116,9 @@ class IterativeModel(Model):
             InputError: see `Model.fit`; a folder is full or cannot be written.
             ArtifactError: `checkpoint` is torn, or of other parameters, images or validation images.
         """
-        self._state = self._learn(features, validation, checkpoint, progress)
+        with TensorBatches(features) as batches, TensorBatches(validation or ()) as held_back:
+            given = None if validation is None else held_back
+            self._state = self._learn(batches, given, checkpoint, progress)
         return self
 
     @torch.no_grad()

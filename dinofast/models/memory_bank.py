@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinofast.errors import ArtifactError, InputError
+from dinofast.interop import TensorBatches
 from dinofast.models.base import checked_stream
 from dinofast.models.foreground import foreground_mask
 from dinofast.models.image_score import top_percent
@@ -127,15 +128,19 @@ class MemoryBank(SearchedModel):
             features: batches with tensors (B, h, w, D), finite, of one grid, one D and one image size.
 
         Returns:
-            Scores of all images, in order, on their device.
+            Scores of all images, in order, on their device, of the kind of the first batch's tensor.
 
         Raises:
             InputError: see `fit`; another metric than "cosine"; grids or image sizes differ; N < 1000.
         """
         if self.metric != "cosine":
             raise InputError(f"score_set is defined for the cosine metric, this model has {self.metric!r}")
+        with TensorBatches(features) as batches:
+            return batches.given(self._score_set(checked_stream(batches)))
+
+    def _score_set(self, features: Iterator[Features]) -> Scores:
         store, spans, masks, shapes = RowStore(), [0], [], set()
-        for batch in checked_stream(features):
+        for batch in features:
             shapes.add((tuple(batch.tensor.shape[1:3]), batch.image_size))
             if len(shapes) > 1:
                 raise InputError(

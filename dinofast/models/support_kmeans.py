@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dinofast.errors import ArtifactError, InputError
+from dinofast.interop import takes_features
 from dinofast.models.base import Model
 from dinofast.models.foreground import RULES, foreground_by
 from dinofast.models.image_score import top_percent
@@ -189,6 +190,7 @@ class SupportKMeans(Model):
         """
         return self.state()["descriptors"].shape[0]
 
+    @takes_features
     @torch.no_grad()
     def match(self, features: Features) -> Tensor:
         """Find the normal images most like each query, in one search.

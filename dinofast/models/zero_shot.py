@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dinofast.errors import ArtifactError, InputError
+from dinofast.interop import takes_features
 from dinofast.models import zero_shot_checkpoint
 from dinofast.models import zero_shot_maps as maps
 from dinofast.models.base import checked_stream
@@ -234,6 +235,7 @@ class ZeroShot(IterativeModel):
         model._state, model._matrices = self._state, self._matrices
         return model
 
+    @takes_features
     @torch.no_grad()
     def global_logits(self, features: Features) -> Tensor:
         """Compare class tokens with the texts: (B, 2), float32, normal and abnormal logit.
@@ -244,6 +246,7 @@ class ZeroShot(IterativeModel):
         self._check_queries(features)
         return self._global_logits(features)
 
+    @takes_features
     @torch.no_grad()
     def awareness_map(self, features: Features) -> Tensor:
         """Show sigmoid(10 p·q), averaged over the taps: (B, H, W), float32; it takes no part in scores.

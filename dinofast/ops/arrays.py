@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
-import numpy as np
 from torch import Tensor
 
-from dinofast.interop import like, to_tensor
+from dinofast.interop import call as call_with_arrays
 from dinofast.ops.bank import Bank
 
 P = ParamSpec("P")
@@ -24,11 +23,10 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
         function: takes tensors and plain values, gives a tensor or a tuple of them.
 
     Returns:
-        The function, which gives results as the kind of its first array or tensor: NumPy arrays for a NumPy
-        array, tensors for a tensor. Arrays are taken as `dinofast.interop.to_tensor` does, and have no
-        gradient.
+        The function, which takes arrays and gives results as `dinofast.interop.call` does: the first array or
+        tensor decides the kind and the stream. Arrays have no gradient.
 
-    >>> import torch
+    >>> import numpy as np, torch
     >>> takes_arrays(torch.neg)(np.ones(2))
     array([-1., -1.])
     """
@@ -41,23 +39,6 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
         else:
             if not kwargs:
                 return function(*args, **kwargs)
-        return cast(R, _converted(function, args, kwargs))
+        return call_with_arrays(function, *args, **kwargs)
 
     return call
-
-
-def _converted(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    first = next((value for value in (*args, *kwargs.values()) if _is_array(value)), None)
-    found = function(*map(_taken, args), **{name: _taken(value) for name, value in kwargs.items()})
-    if first is None:
-        return found
-    return tuple(like(x, first) for x in found) if isinstance(found, tuple) else like(found, first)
-
-
-def _is_array(value: Any) -> bool:
-    known = isinstance(value, (Tensor, np.ndarray))
-    return known or hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
-
-
-def _taken(value: Any) -> Any:
-    return to_tensor(value) if _is_array(value) else value

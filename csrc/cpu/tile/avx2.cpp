@@ -101,6 +101,7 @@ struct Avx2Mixture : Avx2 {
     static Double widen(double x) { return _mm256_set1_pd(x); }
     static Double widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
     static Double widen(const double* p) { return _mm256_loadu_pd(p); }
+    static void store(Double x, double* p) { _mm256_storeu_pd(p, x); }
     static Double subtract(Double x, Double y) { return _mm256_sub_pd(x, y); }
     static Double multiply(Double x, Double y) { return _mm256_mul_pd(x, y); }
     static Double multiply_add(Double x, Double y, Double sum) { return _mm256_fmadd_pd(x, y, sum); }

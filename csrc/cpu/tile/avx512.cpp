@@ -113,6 +113,7 @@ struct Avx512Mixture : Avx512 {
     static Double widen(double x) { return _mm512_set1_pd(x); }
     static Double widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
     static Double widen(const double* p) { return _mm512_loadu_pd(p); }
+    static void store(Double x, double* p) { _mm512_storeu_pd(p, x); }
     static Double subtract(Double x, Double y) { return _mm512_sub_pd(x, y); }
     static Double multiply(Double x, Double y) { return _mm512_mul_pd(x, y); }
     static Double multiply_add(Double x, Double y, Double sum) { return _mm512_fmadd_pd(x, y, sum); }

@@ -245,15 +245,36 @@ double distance(const float* x, const float* mean, const float* precision, int64
     return sum;
 }
 
-template <class T>
-double dot(const T* x, const double* y, int64_t d) {
+double dot_widened(const float* x, const double* y, int64_t d) {
     double sum = 0;
     for (int64_t i = 0; i < d; ++i) sum += x[i] * y[i];
     return sum;
 }
 
-constexpr MixtureTile mixture = {ROWS,    COLUMNS, spread,   spread_exactly, factored,   choose,
-                                 survive, weigh,   distance, dot<float>,     dot<double>};
+void eliminate(double* factor, int64_t stride, int64_t i, int64_t j, const double* inverse) {
+    constexpr int WIDTH = COLUMNS / 2;
+    double sum[ROWS][WIDTH] = {};
+    for (int64_t n = 0; n < i; ++n) {
+        const double* row = factor + n * stride;
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 0; c < WIDTH; ++c) sum[r][c] += row[i + r] * row[j + c];
+        }
+    }
+    double* block = factor + i * stride;
+    for (int r = 0; r < ROWS; ++r) {
+        for (int c = 0; c < WIDTH; ++c) {
+            double rest = block[r * stride + j + c] - sum[r][c];
+            if (inverse != nullptr) {
+                for (int q = 0; q < r; ++q) rest -= block[q * stride + i + r] * block[q * stride + j + c];
+                rest *= inverse[r];
+            }
+            block[r * stride + j + c] = rest;
+        }
+    }
+}
+
+constexpr MixtureTile mixture = {ROWS,    COLUMNS, spread,   spread_exactly, factored, choose,
+                                 survive, weigh,   distance, dot_widened,    eliminate};
 
 }  // namespace
 

@@ -195,8 +195,8 @@ double mixture_distance(const float* x, const float* mean, const float* precisio
     return sum;
 }
 
-template <class V, class T>
-double mixture_dot(const T* x, const double* y, int64_t d) {
+template <class V>
+double mixture_dot(const float* x, const double* y, int64_t d) {
     constexpr int LANES = V::LANES / 2;
     typename V::Double even = V::widen(0.0), odd = even;
     int64_t i = 0;
@@ -210,6 +210,44 @@ double mixture_dot(const T* x, const double* y, int64_t d) {
 }
 
 template <class V, int ROWS>
+void mixture_eliminate(double* factor, int64_t stride, int64_t i, int64_t j, const double* inverse) {
+    using Double = typename V::Double;
+    constexpr int LANES = V::LANES / 2;
+    Double left[ROWS], right[ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) left[r] = right[r] = V::widen(0.0);
+    for (int64_t n = 0; n < i; ++n) {
+        const double* row = factor + n * stride;
+        const Double a = V::widen(row + j), b = V::widen(row + j + LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const Double other = V::widen(row[i + r]);
+            left[r] = V::multiply_add(other, a, left[r]);
+            right[r] = V::multiply_add(other, b, right[r]);
+        }
+    }
+    double* block = factor + i * stride;
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+        double* out = block + r * stride + j;
+        left[r] = V::subtract(V::widen(out), left[r]);
+        right[r] = V::subtract(V::widen(out + LANES), right[r]);
+        if (inverse != nullptr) {
+#pragma GCC unroll 16
+            for (int q = 0; q < r; ++q) {
+                const Double other = V::widen(-block[q * stride + i + r]);
+                left[r] = V::multiply_add(other, left[q], left[r]);
+                right[r] = V::multiply_add(other, right[q], right[r]);
+            }
+            left[r] = V::multiply(left[r], V::widen(inverse[r]));
+            right[r] = V::multiply(right[r], V::widen(inverse[r]));
+        }
+        V::store(left[r], out);
+        V::store(right[r], out + LANES);
+    }
+}
+
+template <class V, int ROWS>
 constexpr MixtureTile mixture_tile = {
     ROWS,
     2 * V::LANES,
@@ -220,8 +258,8 @@ constexpr MixtureTile mixture_tile = {
     mixture_survive<V>,
     mixture_weigh<V, ROWS>,
     mixture_distance<V>,
-    mixture_dot<V, float>,
-    mixture_dot<V, double>,
+    mixture_dot<V>,
+    mixture_eliminate<V, ROWS>,
 };
 
 }  // namespace dinofast

@@ -292,7 +292,9 @@ else:
         wide = second
         if covariance_type == "spherical":
             precisions, wide = precisions[:, None].expand(means.shape), torch.empty_like(first)
-        precisions = precisions.contiguous()
+        # matrices that torch.linalg gives are column-major, and symmetric here: no copy
+        columns = covariance_type == "full" and precisions.mT.is_contiguous()
+        precisions = precisions.mT if columns else precisions.contiguous()
         failed, evaluated, seconds = _native.dpm_stats(
             *matrix(x),
             x.shape[1],

@@ -66,11 +66,24 @@ def _knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tenso
     return distance, index
 
 
-@lru_cache(maxsize=64)
+_CAPTURED: set[tuple[Axis, Axis]] = set()
+"""Weights whose addresses CUDA graphs hold: never let go."""
+
+
 def _axes(
     grid: tuple[int, int], size: tuple[int, int], sigma: float, mode: str, boundary: str, device: torch.device
 ) -> tuple[Axis, Axis]:
-    """Give the weights of rows and columns on the device; they are copied there at the first call."""
+    """Give the weights of rows and columns on the device, the last 64 from memory."""
+    found = _copied_axes(grid, size, sigma, mode, boundary, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.add(found)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _copied_axes(
+    grid: tuple[int, int], size: tuple[int, int], sigma: float, mode: str, boundary: str, device: torch.device
+) -> tuple[Axis, Axis]:
     pairs = zip(grid, size, strict=True)
     rows, columns = (
         _axis(resample_weights(source, target, sigma, mode, boundary)[0], device) for source, target in pairs
@@ -79,7 +92,8 @@ def _axes(
 
 
 def _axis(weights: Weights, device: torch.device) -> Axis:
-    from dinofast.kernels.resample import Axis
+    from dinofast.kernels.cosine_map import PATCH_COLUMNS, PATCH_ROWS
+    from dinofast.kernels.resample import Axis, blocks
 
     start = weights.start.long()
     count = start[1:] - start[:-1]
@@ -88,7 +102,7 @@ def _axis(weights: Weights, device: torch.device) -> Axis:
     index = torch.full((weights.count, int(count.max())), -1, dtype=torch.int32)
     weight = torch.zeros(index.shape)
     index[row, entry], weight[row, entry] = weights.index, weights.weight
-    return Axis(index.to(device), weight.to(device))
+    return Axis(index.to(device), weight.to(device), blocks(index, PATCH_ROWS, PATCH_COLUMNS))
 
 
 def _refuse_maps(x: Tensor, size: list[int], *, patches: Tensor) -> str | None:

@@ -84,7 +84,9 @@ Nearest::Scratch Nearest::scratch() const {
             allocate<int8_t>(code_size_),
             allocate<const float*>(rows),
             allocate<int32_t>(rows),
-            allocate<int32_t>(group_),
+            allocate<int32_t>(height_ * group_ + SELECTED),
+            allocate<Pair>(height_ * group_ + 1),
+            allocate<float>(height_ * group_),
             allocate<bool>(rows)};
 }
 
@@ -260,7 +262,7 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     const int64_t first = slot * height_;
     const bool int8 = screen == Screen::int8;
     if (screen == Screen::none) {
-        decide_all(t, slot, 0, height_, c, count, mine, value, index);
+        decide_all(t, slot, 0, height_, c, count, mine.columns.get(), mine, value, index);
         return 0;
     }
     if (int8) {
@@ -277,51 +279,74 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         most_norm = std::max(most_norm, panel_norm_[p]);
         most_own = std::max(most_own, panel_own_[p]);
     }
-    int64_t decided = 0;
+    // Each step for all rows: what one row has to wait for does not keep the others.
+    Wanted wanted[MAX_ROWS];
+    int32_t* const lists = mine.columns.get();
+    int64_t decided = 0, listed = 0, pairs = 0;
     for (int64_t r = 0; r < height_; ++r) {
         const int64_t at = first + r, i = t * height_ + r;
+        Wanted& row = wanted[r];
+        row.count = 0;
         if (!mine.open[at]) continue;
         const float norm = mine.norm[at];
-        const float by_rest = int8 ? norm + mine.rest[at] : 0, by_norm = int8 ? mine.rest[at] : gamma_ * norm;
-        const float base = what_ == Value::cosine ? TINY : gamma_ * norm * norm + TINY;
-        const float* const score = mine.scores.get() + r * group_;
-        int32_t* const list = mine.columns.get();
-        float limit = limit_for(value[i], norm, mine.offset[at]);
-        const int64_t found = tile_.lines.select(
-            score, count, limit, base + by_rest * most_rest + by_norm * most_norm + most_own, list);
+        row.base = what_ == Value::cosine ? TINY : gamma_ * norm * norm + TINY;
+        row.by_rest = int8 ? norm + mine.rest[at] : 0;
+        row.by_norm = int8 ? mine.rest[at] : gamma_ * norm;
+        row.limit = limit_for(value[i], norm, mine.offset[at]);
+        const float slack = row.base + row.by_rest * most_rest + row.by_norm * most_norm + most_own;
+        const int64_t found = tile_.lines.select(mine.scores.get() + r * group_, count, row.limit, slack,
+                                                 lists + listed, &row.top);
         if (found == 0) continue;
         if (what_ == Value::cosine && found > 4 && found * 3 > count) {
-            decide_all(t, slot, r, 1, c, count, mine, value, index);
+            decide_all(t, slot, r, 1, c, count, lists + listed, mine, value, index);
             decided += found;
             continue;
         }
-        const auto decide = [&](int64_t j) {
-            const float* const y = column(c + j);
-            const float own = what_ == Value::cosine
-                                  ? std::clamp(tile_.lines.dot(mine.x[at], y, d_), -1.0f, 1.0f)
-                                  : static_cast<float>(tile_.lines.sq_distance(mine.x[at], y, d_));
-            offer(own, start_ + number_[c + j], value[i], index[i]);
-            ++decided;
-        };
-        int32_t top = list[0];
-        for (int64_t f = 1; f < found; ++f) top = score[list[f]] > score[top] ? list[f] : top;
-        decide(top);
-        if (found == 1) continue;
-        limit = std::max(limit, limit_for(value[i], norm, mine.offset[at]));
-        for (int64_t f = 0; f < found; ++f) {
+        row.count = found;
+        listed += found;
+        mine.pairs[pairs++] = {static_cast<int32_t>(r), row.top};
+    }
+    decide_pairs(t, slot, c, pairs, mine, value, index);
+    decided += pairs;
+    pairs = 0;
+    const int32_t* list = lists;
+    for (int64_t r = 0; r < height_; list += wanted[r++].count) {
+        const Wanted& row = wanted[r];
+        if (row.count < 2) continue;
+        const int64_t at = first + r;
+        const float* const score = mine.scores.get() + r * group_;
+        const float own = limit_for(value[t * height_ + r], mine.norm[at], mine.offset[at]);
+        const float limit = std::max(row.limit, own);
+        for (int64_t f = 0; f < row.count; ++f) {
             const int64_t j = list[f];
-            const float error =
-                base + by_rest * column_rest_[c + j] + by_norm * column_norm_[c + j] + own_[c + j];
-            if (j == top || score[j] + error < limit) continue;
-            decide(j);
+            const float error = row.base + row.by_rest * column_rest_[c + j] +
+                                row.by_norm * column_norm_[c + j] + own_[c + j];
+            mine.pairs[pairs] = {static_cast<int32_t>(r), list[f]};
+            pairs += (list[f] != row.top) & !(score[j] + error < limit);
         }
     }
-    return decided;
+    decide_pairs(t, slot, c, pairs, mine, value, index);
+    return decided + pairs;
+}
+
+// The pairs of tile t that are listed, with columns counted from c.
+void Nearest::decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,
+                           int64_t* index) const {
+    for (int64_t p = 0; p < count; ++p) {
+        const float* const x = mine.x[slot * height_ + mine.pairs[p].row];
+        const float* const y = column(c + mine.pairs[p].column);
+        mine.own[p] = what_ == Value::cosine ? std::clamp(tile_.lines.dot(x, y, d_), -1.0f, 1.0f)
+                                             : static_cast<float>(tile_.lines.sq_distance(x, y, d_));
+    }
+    for (int64_t p = 0; p < count; ++p) {
+        const int64_t i = t * height_ + mine.pairs[p].row;
+        offer(mine.own[p], start_ + number_[c + mine.pairs[p].column], value[i], index[i]);
+    }
 }
 
 // Every pair of `rows` rows of the tile from row `begin` on; cosines only.
 void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
-                         Scratch& mine, float* value, int64_t* index) const {
+                         int32_t* list, Scratch& mine, float* value, int64_t* index) const {
     const int64_t first = slot * height_;
     for (int64_t j = 0; j < count; j += 4) {
         const float* four[4];
@@ -335,8 +360,8 @@ void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, i
         float* const score = mine.scores.get() + r * group_;
         for (int64_t j = 0; j < count; ++j) score[j] = std::clamp(score[j], -1.0f, 1.0f);
         std::fill(score + count, score + std::min(round_up(count, SELECTED), group_), -INFINITY);
-        int32_t* const list = mine.columns.get();
-        if (tile_.lines.select(score, count, value[i], 0, list) == 0) continue;
+        int32_t top;
+        if (tile_.lines.select(score, count, value[i], 0, list, &top) == 0) continue;
         offer(score[list[0]], start_ + number_[c + list[0]], value[i], index[i]);
     }
 }

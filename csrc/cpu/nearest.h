@@ -33,12 +33,26 @@ class Nearest {
   private:
     enum class Screen { int8, float32, none };
 
+    // Row of the tile, column of the group.
+    struct Pair {
+        int32_t row, column;
+    };
+
+    // What a row of a tile wants of a group: columns whose score plus error reaches the limit.
+    struct Wanted {
+        float limit, base, by_rest, by_norm;
+        int32_t top;
+        int64_t count;
+    };
+
     // One thread's tiles of rows and what it knows of each row.
     struct Scratch {
         Array<float> rows, tiles, buffer, scores, scale, norm, rest, offset;
         Array<int8_t> codes, code_buffer;
         Array<const float*> x;
         Array<int32_t> sum, columns;
+        Array<Pair> pairs;
+        Array<float> own;
         Array<bool> open;
     };
 
@@ -55,8 +69,10 @@ class Nearest {
                      int64_t* index);
     int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                         float* value, int64_t* index) const;
+    void decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,
+                      int64_t* index) const;
     void decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
-                    Scratch& mine, float* value, int64_t* index) const;
+                    int32_t* list, Scratch& mine, float* value, int64_t* index) const;
     void judge(Screen screen, int64_t rows, int64_t found);
     void offer(float own, int64_t number, float& value, int64_t& index) const;
     const float* read(int64_t j) const;

@@ -37,8 +37,10 @@ struct Lines {
                  int64_t stride);
 
     // List the columns j whose score is not below `limit` - slack, nor below the highest score - 2 slack, NaN
-    // included, ascending, and return how many. `score` and `columns` reach to a multiple of 16.
-    int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns);
+    // included, ascending, and return how many; if any, `top` is that of the highest score. `score` reaches to
+    // a multiple of 16, `columns` 16 beyond that.
+    int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns,
+                      int32_t* top);
 
     // out[j] += the sum over t < count of rows[index[t] * stride + j], one after the other, for j < n.
     void (*add_rows)(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,

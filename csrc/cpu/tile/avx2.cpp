@@ -30,6 +30,15 @@ struct Avx2 {
     static uint32_t not_below(Float x, Float limit) {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
     }
+    static uint32_t equal(Float x, Float y) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_EQ_OQ)));
+    }
+    // List first + each lane that is set.
+    static int append(uint32_t lanes, int32_t first, int32_t* out) {
+        int found = 0;
+        for (; __builtin_expect(lanes != 0, 0); lanes &= lanes - 1) out[found++] = first + __builtin_ctz(lanes);
+        return found;
+    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m256d low = _mm256_setzero_pd(), high = low;
         int64_t k = 0;

@@ -116,13 +116,15 @@ void dots(const float* const* x, int64_t count, const float* const y[4], int64_t
     }
 }
 
-int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns, int32_t* top) {
     float best = limit + slack;
     for (int64_t j = 0; j < count; ++j) best = std::max(best, score[j]);  // no NaN
     int64_t found = 0;
     for (int64_t j = 0; j < count; ++j) {
         if (!(score[j] < best - 2 * slack)) columns[found++] = static_cast<int32_t>(j);
     }
+    *top = columns[0];
+    for (int64_t f = 1; f < found; ++f) *top = score[columns[f]] > score[*top] ? columns[f] : *top;
     return found;
 }
 

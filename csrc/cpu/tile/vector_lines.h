@@ -103,20 +103,22 @@ float vector_dot(const float* x, const float* y, int64_t d) {
 }
 
 template <class V>
-int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns,
+                      int32_t* top) {
     constexpr int LANES = V::LANES;
     auto best = V::set(limit + slack);
     for (int64_t j = 0; j < count; j += LANES) best = V::larger(V::load(score + j), best);
-    best = V::set(V::largest(best) - 2 * slack);
-    int64_t found = 0;
+    const float most = V::largest(best);
+    const auto highest = V::set(most), least = V::set(most - 2 * slack);
+    int64_t found = 0, at = -1;
     for (int64_t j = 0; j < count; j += LANES) {
-        uint32_t through = V::not_below(V::load(score + j), best);
-        if (__builtin_expect(through == 0, 1)) continue;
-        if (count - j < LANES) through &= (1u << (count - j)) - 1;
-        for (; through != 0; through &= through - 1) {
-            columns[found++] = static_cast<int32_t>(j) + __builtin_ctz(through);
-        }
+        const auto own = V::load(score + j);
+        const uint32_t valid = count - j < LANES ? (1u << (count - j)) - 1 : ~0u;
+        const uint32_t equal = V::equal(own, highest) & valid;
+        at = equal != 0 ? j + __builtin_ctz(equal) : at;
+        found += V::append(V::not_below(own, least) & valid, static_cast<int32_t>(j), columns + found);
     }
+    *top = at < 0 ? columns[0] : static_cast<int32_t>(at);
     return found;
 }
 

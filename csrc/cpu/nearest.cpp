@@ -189,43 +189,57 @@ void Nearest::judge(Screen screen, int64_t rows, int64_t found) {
 }
 
 void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value,
-                           int64_t* index) {
+                           int64_t* index) const {
+    const int64_t begin = t * height_, first = slot * height_;
+    const int64_t present = std::min(height_, rows_.count - begin);
+    float* const own = mine.rows.get() + first * padded_;
+    const bool cosine = what_ == Value::cosine;
+    const float* x[MAX_ROWS];
+    Quantized found[MAX_ROWS];
     for (int64_t r = 0; r < height_; ++r) {
-        const int64_t at = slot * height_ + r, i = t * height_ + r;
-        mine.open[at] = false;
-        mine.scale[at] = 0;
-        mine.sum[at] = 0;
-        mine.offset[at] = 0;
-        mine.x[at] = zero_.get();
-        if (i + height_ < rows_.count) rows_.prefetch(i + height_);
-        if (i < rows_.count) prepare_row(i, slot, r, screen, mine, value, index);
+        mine.open[first + r] = false;
+        mine.scale[first + r] = 0;
+        mine.sum[first + r] = 0;
+        mine.offset[first + r] = 0;
+        mine.x[first + r] = zero_.get();
+        if (r < present) x[r] = rows_.get(begin + r, cosine ? mine.buffer.get() + r * padded_ : own + r * padded_);
+        if (screen != Screen::int8 && begin + r + height_ < rows_.count) rows_.prefetch(begin + r + height_);
+    }
+    if (screen == Screen::int8) {
+        int8_.quantize(x, present, center_.get(), d_, cosine ? own : nullptr, padded_,
+                       mine.codes.get() + first * code_size_, height_ * Int8Tile::RUN, found);
+    }
+    for (int64_t r = 0; r < present; ++r) {
+        if (prepare_row(slot, r, x[r], screen, found[r], mine, value[begin + r])) continue;
+        value[begin + r] = NAN;
+        index[begin + r] = -1;
     }
 }
 
-void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
-                          int64_t* index) {
+// False when the row holds NaN or inf.
+bool Nearest::prepare_row(int64_t slot, int64_t r, const float* x, Screen screen, const Quantized& found,
+                          Scratch& mine, float& value) const {
     const int64_t at = slot * height_ + r;
-    float* const own = mine.rows.get() + at * padded_;
-    const float* x = rows_.get(i, what_ == Value::cosine ? mine.buffer.get() : own);
-    bool whole = true;
+    const bool int8 = screen == Screen::int8;
     if (what_ == Value::cosine) {
-        whole = tile_.normalize(x, d_, own, DEPTH);
-        std::fill(own + d_, own + padded_, 0.0f);
-        x = own;
-        if (whole && std::all_of(x, x + d_, [](float part) { return part == 0; })) {
-            value[i] = 0;
-            return;
+        float* const unit = mine.rows.get() + at * padded_;
+        if (int8 ? !(found.norm < HUGE_NORM) : !tile_.normalize(x, d_, unit, DEPTH)) return false;
+        std::fill(unit + d_, unit + padded_, 0.0f);
+        x = unit;
+        if (std::all_of(x, x + d_, [](float part) { return part == 0; })) {
+            value = 0;
+            return true;
         }
     }
-    if (whole && screen == Screen::int8) {
-        int8_t* const codes = mine.codes.get() + slot * height_ * code_size_ + r * Int8Tile::RUN;
-        const Quantized found = int8_.quantize(x, center_.get(), d_, codes, height_ * Int8Tile::RUN);
+    mine.x[at] = x;
+    mine.open[at] = true;
+    if (int8) {
         mine.scale[at] = found.scale;
         mine.sum[at] = found.sum;
         mine.norm[at] = found.norm;
         mine.rest[at] = found.rest;
         mine.offset[at] = (1 - center_square_ - found.norm * found.norm) / 2;
-    } else if (whole) {
+    } else {
         mine.norm[at] = 2;  // of a product of unit rows, and more
         if (what_ == Value::sq_distance) {
             const double square = tile_.lines.sq_distance(x, center_.get(), d_);
@@ -234,17 +248,14 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scr
         mine.rest[at] = 0;
     }
     if (what_ == Value::sq_distance && !(mine.norm[at] < HUGE_NORM)) {
-        whole = std::isfinite(tile_.lines.sq_distance(x, zero_.get(), d_));
         mine.norm[at] = INFINITY;
+        if (!std::isfinite(tile_.lines.sq_distance(x, zero_.get(), d_))) {
+            mine.open[at] = false;
+            mine.x[at] = zero_.get();
+            return false;
+        }
     }
-    if (!whole) {
-        value[i] = NAN;
-        index[i] = -1;
-        return;
-    }
-    mine.open[at] = true;
-    mine.x[at] = x;
-    if (screen != Screen::float32) return;
+    if (screen != Screen::float32) return true;
     float* out = mine.tiles.get() + slot * height_ * padded_ + r * DEPTH;
     for (int64_t run = 0; run < d_; run += DEPTH, out += height_ * DEPTH) {
         const int64_t depth = std::min<int64_t>(DEPTH, d_ - run);
@@ -254,6 +265,7 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scr
             subtract(x + run, center_.get() + run, depth, out);
         }
     }
+    return true;
 }
 
 // Tile t, in its slot, against columns c to c + count of the block. How many pairs were decided.
@@ -266,9 +278,12 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         return 0;
     }
     if (int8) {
+        const int64_t ahead = std::min((t + slots_) * height_, rows_.count);
+        const int64_t rows_ahead = c + count < count_ ? 0 : std::min(height_, rows_.count - ahead);
         int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
                        mine.scale.get() + first, mine.sum.get() + first, column_codes_.get() + c * quads_ * 4,
-                       count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_);
+                       count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_,
+                       rows_.at(ahead), rows_.bytes(rows_ahead) / 64);
     } else {
         tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
                        plain_bias_.get() + c, mine.scores.get(), group_);

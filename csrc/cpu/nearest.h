@@ -64,9 +64,10 @@ class Nearest {
     void prepare_column(int64_t c, Scratch& mine);
     void pack_floats(int64_t c, float* buffer);
     void decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index);
-    void prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value, int64_t* index);
-    void prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
-                     int64_t* index);
+    void prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value,
+                      int64_t* index) const;
+    bool prepare_row(int64_t slot, int64_t r, const float* x, Screen screen, const Quantized& found,
+                     Scratch& mine, float& value) const;
     int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                         float* value, int64_t* index) const;
     void decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "avx512_squares.h"
 #include "mixture.h"
 #include "register_tile.h"
 #include "vector_lines.h"
@@ -18,7 +19,6 @@ struct Avx512 {
     static void hold(Float& x) { asm("" : "+v"(x)); }
     static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
-    static __mmask16 first_lanes(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
     // y where x is NaN.
     static Float larger(Float x, Float y) { return _mm512_max_ps(x, y); }
     static float largest(Float x) { return _mm512_reduce_max_ps(x); }
@@ -34,29 +34,7 @@ struct Avx512 {
         _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), column));
         return __builtin_popcount(lanes);
     }
-    static double sum_of_squares(const float* x, int64_t d) {
-        __m512d sum[4];
-        for (__m512d& part : sum) part = _mm512_setzero_pd();
-        int64_t k = 0;
-        for (; k + 32 <= d; k += 32) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                const __m512d v = _mm512_cvtps_pd(_mm256_loadu_ps(x + k + 8 * i));
-                sum[i] = _mm512_fmadd_pd(v, v, sum[i]);
-            }
-        }
-        for (; k < d; k += 16) {
-            const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
-            const Float v = _mm512_maskz_loadu_ps(valid, x + k);
-            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-            const __m512d b =
-                _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-            sum[0] = _mm512_fmadd_pd(a, a, sum[0]);
-            sum[1] = _mm512_fmadd_pd(b, b, sum[1]);
-        }
-        const __m512d left = _mm512_add_pd(sum[0], sum[1]), right = _mm512_add_pd(sum[2], sum[3]);
-        return _mm512_reduce_add_pd(_mm512_add_pd(left, right));
-    }
+    static double sum_of_squares(const float* x, int64_t d) { return dinofast::sum_of_squares(x, d); }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
     static Wide add_widened(Wide sum, const float* p) {

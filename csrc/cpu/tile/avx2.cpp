@@ -30,9 +30,25 @@ struct Avx2 {
     static uint32_t not_below(Float x, Float limit) {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
     }
-    static uint32_t equal(Float x, Float y) {
-        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_EQ_OQ)));
-    }
+    // The highest score from `least` on, and its column; -1 if there is none.
+    struct Top {
+        Float best, column = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+
+        explicit Top(float least) : best(set(least)) {}
+        void add(Float x, int32_t first) {
+            const __m256i lanes = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(first));
+            const Float greater = _mm256_cmp_ps(x, best, _CMP_GT_OQ);
+            best = larger(x, best);
+            column = _mm256_blendv_ps(column, _mm256_castsi256_ps(lanes), greater);
+        }
+        int32_t read(float& value) const {
+            value = largest(best);
+            const Float equal = _mm256_cmp_ps(best, set(value), _CMP_EQ_OQ);
+            int32_t columns[LANES];
+            _mm256_storeu_ps(reinterpret_cast<float*>(columns), column);
+            return columns[__builtin_ctz(static_cast<uint32_t>(_mm256_movemask_ps(equal)) | 1u << (LANES - 1))];
+        }
+    };
     // List first + each lane that is set.
     static int append(uint32_t lanes, int32_t first, int32_t* out) {
         int found = 0;

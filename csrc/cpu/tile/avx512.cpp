@@ -26,13 +26,31 @@ struct Avx512 {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
-    static uint32_t equal(Float x, Float y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
+    static __m512i lanes() {
+        return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    }
+    // The highest score from `least` on, and its column; -1 if there is none.
+    struct Top {
+        Float best;
+        __m512i column = _mm512_set1_epi32(-1);
+
+        explicit Top(float least) : best(set(least)) {}
+        void add(Float x, int32_t first) {
+            const __mmask16 greater = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ);
+            best = larger(x, best);
+            column = _mm512_mask_add_epi32(column, greater, lanes(), _mm512_set1_epi32(first));
+        }
+        int32_t read(float& value) const {
+            value = largest(best);
+            const __mmask16 equal = _mm512_cmp_ps_mask(best, set(value), _CMP_EQ_OQ);
+            return _mm512_cvtsi512_si32(_mm512_maskz_compress_epi32(equal, column));
+        }
+    };
     // List first + each lane that is set, without a branch: which lanes are set is hard to predict.
-    static int append(uint32_t lanes, int32_t first, int32_t* out) {
-        const __m512i number = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512i column = _mm512_add_epi32(number, _mm512_set1_epi32(first));
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), column));
-        return __builtin_popcount(lanes);
+    static int append(uint32_t set, int32_t first, int32_t* out) {
+        const __m512i column = _mm512_add_epi32(lanes(), _mm512_set1_epi32(first));
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), column));
+        return __builtin_popcount(set);
     }
     static double sum_of_squares(const float* x, int64_t d) { return dinofast::sum_of_squares(x, d); }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }

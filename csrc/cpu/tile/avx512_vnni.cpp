@@ -180,24 +180,26 @@ struct Avx512Vnni {
                 _mm512_reduce_add_epi32(_mm512_add_epi32(coder[0].sum, coder[1].sum))};
     }
 
-    // Each step for all rows: what one row has to wait for does not keep the others.
+    // Each step for some rows, which stay in the L1: what one row has to wait for does not keep the others.
     static void quantize(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
                          int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found) {
-        const float* from[ROWS];
-        Scale scale[ROWS];
-        float peak[ROWS], square[ROWS];
-        for (int64_t r = 0; r < count; ++r) {
-            from[r] = units == nullptr ? x[r] : units + r * unit_stride;
-            if (units == nullptr) continue;
-            const double sum = sum_of_squares(x[r], d);
-            scale[r] = sum < __builtin_inf() ? unit_scale(sum) : Scale{__builtin_nanf(""), 0};
-        }
-        for (int64_t r = 0; r < count; ++r) {
-            float* const unit = units == nullptr ? nullptr : units + r * unit_stride;
-            measure(x[r], center, d, scale[r], unit, peak[r], square[r]);
-        }
-        for (int64_t r = 0; r < count; ++r) {
-            found[r] = encode(from[r], center, d, peak[r], square[r], codes + r * Int8Tile::RUN, stride);
+        constexpr int64_t SOME = 4;
+        for (int64_t begin = 0; begin < count; begin += SOME) {
+            const int64_t some = count - begin < SOME ? count - begin : SOME;
+            float peak[SOME], square[SOME];
+            Scale scale[SOME];
+            for (int64_t r = 0; r < some && units != nullptr; ++r) {
+                const double sum = sum_of_squares(x[begin + r], d);
+                scale[r] = sum < __builtin_inf() ? unit_scale(sum) : Scale{__builtin_nanf(""), 0};
+            }
+            for (int64_t r = 0; r < some; ++r) {
+                float* const unit = units == nullptr ? nullptr : units + (begin + r) * unit_stride;
+                measure(x[begin + r], center, d, scale[r], unit, peak[r], square[r]);
+            }
+            for (int64_t r = begin; r < begin + some; ++r) {
+                found[r] = encode(units == nullptr ? x[r] : units + r * unit_stride, center, d, peak[r - begin],
+                                  square[r - begin], codes + r * Int8Tile::RUN, stride);
+            }
         }
     }
 };

@@ -106,19 +106,20 @@ template <class V>
 int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns,
                       int32_t* top) {
     constexpr int LANES = V::LANES;
-    auto best = V::set(limit + slack);
-    for (int64_t j = 0; j < count; j += LANES) best = V::larger(V::load(score + j), best);
-    const float most = V::largest(best);
-    const auto highest = V::set(most), least = V::set(most - 2 * slack);
-    int64_t found = 0, at = -1;
-    for (int64_t j = 0; j < count; j += LANES) {
-        const auto own = V::load(score + j);
-        const uint32_t valid = count - j < LANES ? (1u << (count - j)) - 1 : ~0u;
-        const uint32_t equal = V::equal(own, highest) & valid;
-        at = equal != 0 ? j + __builtin_ctz(equal) : at;
-        found += V::append(V::not_below(own, least) & valid, static_cast<int32_t>(j), columns + found);
+    typename V::Top best(limit + slack);
+    for (int64_t j = 0; j < count; j += LANES) best.add(V::load(score + j), static_cast<int32_t>(j));
+    float most;
+    const int32_t at = best.read(most);
+    const auto least = V::set(most - 2 * slack);
+    int64_t found = 0, j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        found += V::append(V::not_below(V::load(score + j), least), static_cast<int32_t>(j), columns + found);
     }
-    *top = at < 0 ? columns[0] : static_cast<int32_t>(at);
+    if (j < count) {
+        const uint32_t through = V::not_below(V::load(score + j), least) & ((1u << (count - j)) - 1);
+        found += V::append(through, static_cast<int32_t>(j), columns + found);
+    }
+    *top = at < 0 || at >= count ? columns[0] : at;
     return found;
 }
 

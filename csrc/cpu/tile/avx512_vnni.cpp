@@ -130,15 +130,17 @@ struct Avx512Vnni {
         }
     };
 
-    // Largest channel and sum of squares of x - center, x scaled and written to `unit` before if there is one.
+    // Largest channel and sum of squares of x - center. With factors, x is scaled and written to `unit` before.
+    template <int FACTORS>
     static void measure(const float* x, const float* center, int64_t d, Scale scale, float* unit, float& peak,
                         float& square) {
         const __m512 first = _mm512_set1_ps(scale.first), second = _mm512_set1_ps(scale.second);
         Sums sums[2];
         const auto add = [=](int64_t k, int64_t left, Sums& to) {
             __m512 v = part(x, k, left);
-            if (unit != nullptr) {
-                v = _mm512_mul_ps(_mm512_mul_ps(v, first), second);
+            if (FACTORS == 2) v = _mm512_mul_ps(v, first);
+            if (FACTORS > 0) {
+                v = _mm512_mul_ps(v, second);
                 _mm512_mask_storeu_ps(unit + k, first_lanes(left), v);
             }
             to.add(_mm512_sub_ps(v, part(center, k, left)));
@@ -187,14 +189,15 @@ struct Avx512Vnni {
         for (int64_t begin = 0; begin < count; begin += SOME) {
             const int64_t some = count - begin < SOME ? count - begin : SOME;
             float peak[SOME], square[SOME];
-            Scale scale[SOME];
+            Scale scale[SOME] = {};
             for (int64_t r = 0; r < some && units != nullptr; ++r) {
                 const double sum = sum_of_squares(x[begin + r], d);
                 scale[r] = sum < __builtin_inf() ? unit_scale(sum) : Scale{__builtin_nanf(""), 0};
             }
             for (int64_t r = 0; r < some; ++r) {
                 float* const unit = units == nullptr ? nullptr : units + (begin + r) * unit_stride;
-                measure(x[begin + r], center, d, scale[r], unit, peak[r], square[r]);
+                const auto measured = units == nullptr ? measure<0> : scale[r].first == 1 ? measure<1> : measure<2>;
+                measured(x[begin + r], center, d, scale[r], unit, peak[r], square[r]);
             }
             for (int64_t r = begin; r < begin + some; ++r) {
                 found[r] = encode(units == nullptr ? x[r] : units + r * unit_stride, center, d, peak[r - begin],

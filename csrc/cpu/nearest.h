@@ -87,7 +87,8 @@ class Nearest {
     float limit_for(float value, float norm, float offset) const;
 
     static constexpr int64_t PANEL =
-        Int8Tile::COLUMNS;                     // columns prepared at once: whole panels of every tile
+        Int8Tile::COLUMNS;                   // columns prepared at once: whole panels of every tile
+    static constexpr int64_t SELECTED = 16;  // scores that Lines::select reads at once, also behind the last
     static constexpr float HUGE_NORM = 1e15f;  // scores of longer rows might overflow
 
     const Tile& tile_;

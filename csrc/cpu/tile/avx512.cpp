@@ -26,9 +26,7 @@ struct Avx512 {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
-    static __m512i lanes() {
-        return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    }
+    static __m512i lanes() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
     // The highest score from `least` on, and its column; -1 if there is none.
     struct Top {
         Float best;
@@ -79,18 +77,27 @@ struct Avx512 {
         const __m128 sum = quarters(x), pairs = _mm_hadd_ps(sum, sum);
         return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
-    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
-        __m512d low = _mm512_setzero_pd(), high = low;
+    template <int N>
+    [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,
+                                                          int64_t d, double (*sums)[16]) {
+        __m512d low[N], high[N];
+        for (int n = 0; n < N; ++n) low[n] = high[n] = _mm512_setzero_pd();
         int64_t k = 0;
         for (; k + 16 <= d; k += 16) {
-            const __m256 left = _mm256_sub_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(y + k));
-            const __m256 right = _mm256_sub_ps(_mm256_loadu_ps(x + k + 8), _mm256_loadu_ps(y + k + 8));
-            const __m512d a = _mm512_cvtps_pd(left), b = _mm512_cvtps_pd(right);
-            low = _mm512_fmadd_pd(a, a, low);
-            high = _mm512_fmadd_pd(b, b, high);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                const float *p = x[n] + k, *q = y[n] + k;
+                const __m512d a = _mm512_cvtps_pd(_mm256_sub_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q)));
+                const __m512d b =
+                    _mm512_cvtps_pd(_mm256_sub_ps(_mm256_loadu_ps(p + 8), _mm256_loadu_ps(q + 8)));
+                low[n] = _mm512_fmadd_pd(a, a, low[n]);
+                high[n] = _mm512_fmadd_pd(b, b, high[n]);
+            }
         }
-        _mm512_storeu_pd(sums, low);
-        _mm512_storeu_pd(sums + 8, high);
+        for (int n = 0; n < N; ++n) {
+            _mm512_storeu_pd(sums[n], low[n]);
+            _mm512_storeu_pd(sums[n] + 8, high[n]);
+        }
         return k;
     }
 };

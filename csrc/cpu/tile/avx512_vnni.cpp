@@ -15,16 +15,18 @@ struct Avx512Vnni {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
     }
 
-    // Two of the cache lines that are left, at a time.
+    // Cache lines that are wanted soon: one at a time, two where there are more than steps.
     struct Ahead {
         const char* next;
         int64_t left;
+        bool two;
 
         void fetch() {
             if (left <= 0) return;
             __builtin_prefetch(next);
-            next += 64;
-            --left;
+            if (two) __builtin_prefetch(next + 64);
+            next += two ? 128 : 64;
+            left -= two ? 2 : 1;
         }
     };
 
@@ -59,7 +61,7 @@ struct Avx512Vnni {
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                          const float* bias, const float* threshold, Hit* hits) {
         int64_t found = 0;
-        Ahead none{nullptr, 0};
+        Ahead none{nullptr, 0, false};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
             panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, none);
@@ -88,7 +90,7 @@ struct Avx512Vnni {
     static void products(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                          const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines) {
-        Ahead near{ahead, lines};
+        Ahead near{ahead, lines, lines > columns / COLUMNS * quads};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
             panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, near);
@@ -130,7 +132,8 @@ struct Avx512Vnni {
         }
     };
 
-    // Largest channel and sum of squares of x - center. With factors, x is scaled and written to `unit` before.
+    // Largest channel and sum of squares of x - center. With factors, x is scaled and written to `unit`
+    // before.
     template <int FACTORS>
     static void measure(const float* x, const float* center, int64_t d, Scale scale, float* unit, float& peak,
                         float& square) {
@@ -196,12 +199,14 @@ struct Avx512Vnni {
             }
             for (int64_t r = 0; r < some; ++r) {
                 float* const unit = units == nullptr ? nullptr : units + (begin + r) * unit_stride;
-                const auto measured = units == nullptr ? measure<0> : scale[r].first == 1 ? measure<1> : measure<2>;
+                const auto measured = units == nullptr      ? measure<0>
+                                      : scale[r].first == 1 ? measure<1>
+                                                            : measure<2>;
                 measured(x[begin + r], center, d, scale[r], unit, peak[r], square[r]);
             }
             for (int64_t r = begin; r < begin + some; ++r) {
-                found[r] = encode(units == nullptr ? x[r] : units + r * unit_stride, center, d, peak[r - begin],
-                                  square[r - begin], codes + r * Int8Tile::RUN, stride);
+                found[r] = encode(units == nullptr ? x[r] : units + r * unit_stride, center, d,
+                                  peak[r - begin], square[r - begin], codes + r * Int8Tile::RUN, stride);
             }
         }
     }

@@ -85,6 +85,10 @@ double sq_distance(const float* x, const float* y, int64_t d) {
     return sums[0];
 }
 
+void sq_distances(const float* const* x, const float* const* y, int64_t count, int64_t d, double* out) {
+    for (int64_t p = 0; p < count; ++p) out[p] = sq_distance(x[p], y[p], d);
+}
+
 void rough_sq_distances(const float* x, const float* const y[4], int64_t d, float out[4]) {
     for (int which = 0; which < 4; ++which) {
         const float* const z = y[which];
@@ -266,7 +270,7 @@ const Tile baseline_tile = {
     normalize,
     write_products,
     sieve,
-    {sq_distance, rough_sq_distances, dot, dots, select, add_rows, add_scaled, combine},
+    {sq_distance, sq_distances, rough_sq_distances, dot, dots, select, add_rows, add_scaled, combine},
     &mixture};
 
 }  // namespace dinofast

@@ -5,18 +5,37 @@
 
 namespace dinofast {
 
+// Of N pairs side by side: each sum has to wait for its own last step.
+template <class V, int N>
+[[gnu::always_inline]] inline void sq_distance_block(const float* const* x, const float* const* y, int64_t d,
+                                                     double* out) {
+    double sums[N][16];
+    const int64_t k = V::template add_sq_distance<N>(x, y, d, sums);
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; k + i < d; ++i) {
+            const double gap = x[n][k + i] - y[n][k + i];
+            sums[n][i] += gap * gap;
+        }
+        for (int half = 8; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[n][i] += sums[n][i + half];
+        }
+        out[n] = sums[n][0];
+    }
+}
+
 template <class V>
 double vector_sq_distance(const float* x, const float* y, int64_t d) {
-    double sums[16];
-    const int64_t k = V::add_sq_distance(x, y, d, sums);
-    for (int i = 0; k + i < d; ++i) {
-        const double gap = x[k + i] - y[k + i];
-        sums[i] += gap * gap;
-    }
-    for (int half = 8; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    return sums[0];
+    double sum;
+    sq_distance_block<V, 1>(&x, &y, d, &sum);
+    return sum;
+}
+
+template <class V>
+void vector_sq_distances(const float* const* x, const float* const* y, int64_t count, int64_t d,
+                         double* out) {
+    int64_t p = 0;
+    for (; p + 2 <= count; p += 2) sq_distance_block<V, 2>(x + p, y + p, d, out + p);
+    if (p < count) sq_distance_block<V, 1>(x + p, y + p, d, out + p);
 }
 
 template <class V>
@@ -134,8 +153,10 @@ void vector_add_rows(const float* rows, int64_t stride, const int32_t* index, in
         __builtin_memcpy(sum, out + j, sizeof sum);
         for (int64_t t = 0; t < count; ++t) {
             const float* row = rows + index[t] * stride + j;
+            const float* const soon = rows + index[t + AHEAD_ROWS] * stride + j;
 #pragma GCC unroll 8
             for (int part = 0; part < PARTS; ++part) {
+                if (part * LANES % 16 == 0) __builtin_prefetch(soon + part * LANES);
                 sum[part] = V::add_widened(sum[part], row + part * LANES);
             }
         }
@@ -191,8 +212,9 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 
 template <class V>
 constexpr Lines vector_lines = {
-    vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,        vector_dots<V>,
-    vector_select<V>,      vector_add_rows<V>,           vector_add_scaled<V>, vector_combine<V>,
+    vector_sq_distance<V>, vector_sq_distances<V>, vector_rough_sq_distances<V>,
+    vector_dot<V>,         vector_dots<V>,         vector_select<V>,
+    vector_add_rows<V>,    vector_add_scaled<V>,   vector_combine<V>,
 };
 
 }  // namespace dinofast

@@ -27,7 +27,7 @@ struct Int8Tile {
                      const float* bias, const float* threshold, Hit* hits);
 
     // As Tile::products, of quantized rows: row_scale[row] * scale[column] * product + bias[column]. Null
-    // where float32 is as fast. Meanwhile some cache lines from `ahead` on are brought near.
+    // where float32 is as fast.
     void (*products)(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                      const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                      const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines);

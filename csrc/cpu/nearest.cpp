@@ -203,7 +203,6 @@ void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine
         mine.x[first + r] = zero_.get();
         if (r < present)
             x[r] = rows_.get(begin + r, cosine ? mine.buffer.get() + r * padded_ : own + r * padded_);
-        if (screen != Screen::int8 && begin + r + height_ < rows_.count) rows_.prefetch(begin + r + height_);
     }
     if (screen == Screen::int8) {
         int8_.quantize(x, present, center_.get(), d_, cosine ? own : nullptr, padded_,

@@ -21,16 +21,17 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         decide_all(t, slot, 0, height_, c, count, mine.columns.get(), mine, value, index);
         return 0;
     }
+    const int64_t next = std::min((t + slots_) * height_, rows_.count);
+    const int64_t rows_ahead = c + count < count_ ? 0 : std::min(height_, rows_.count - next);
+    const int64_t lines = rows_.bytes(rows_ahead) / 64;
     if (int8) {
-        const int64_t ahead = std::min((t + slots_) * height_, rows_.count);
-        const int64_t rows_ahead = c + count < count_ ? 0 : std::min(height_, rows_.count - ahead);
         int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
                        mine.scale.get() + first, mine.sum.get() + first, column_codes_.get() + c * quads_ * 4,
                        count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_,
-                       rows_.at(ahead), rows_.bytes(rows_ahead) / 64);
+                       rows_.at(next), lines);
     } else {
         tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
-                       plain_bias_.get() + c, mine.scores.get(), group_);
+                       plain_bias_.get() + c, mine.scores.get(), group_, rows_.at(next), lines);
     }
     float most_rest = 0, most_norm = 0, most_own = 0;
     for (int64_t p = c / PANEL; p * PANEL < c + count; ++p) {

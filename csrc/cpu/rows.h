@@ -30,11 +30,6 @@ struct Rows {
         return {static_cast<const char*>(data) + first * size(), count, stride, width, element};
     }
 
-    // Bring row i near while something else is computed.
-    void prefetch(int64_t i) const {
-        for (int64_t k = 0; k < d * size(); k += 64) __builtin_prefetch(at(i) + k);
-    }
-
     // Row i as float32: in place when it is, else converted into buffer (d,).
     const float* get(int64_t i, float* buffer) const;
 };

@@ -69,9 +69,10 @@ struct Tile {
     bool (*normalize)(const float* x, int64_t d, float* out, int64_t stride);
 
     // Write product + bias[column] of every row and column to out, `stride` floats from row to row. Columns
-    // come in whole panels: out and bias reach to the end of the last.
+    // come in whole panels: out and bias reach to the end of the last. Meanwhile some cache lines from
+    // `ahead` on are brought near.
     void (*products)(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
-                     float* out, int64_t stride);
+                     float* out, int64_t stride, const char* ahead, int64_t lines);
 
     // Write every (row, column) whose product + bias[column] is not below threshold[row], NaN included, and
     // return how many: at most rows * columns. `bias` is readable up to a whole panel.

@@ -15,21 +15,6 @@ struct Avx512Vnni {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
     }
 
-    // Cache lines that are wanted soon: one at a time, two where there are more than steps.
-    struct Ahead {
-        const char* next;
-        int64_t left;
-        bool two;
-
-        void fetch() {
-            if (left <= 0) return;
-            __builtin_prefetch(next);
-            if (two) __builtin_prefetch(next + 64);
-            next += two ? 128 : 64;
-            left -= two ? 2 : 1;
-        }
-    };
-
     // Products of a tile with one panel, left and right half.
     [[gnu::always_inline]] static void panel_products(const int32_t* tile, const int32_t* row_sum,
                                                       const uint8_t* b, int64_t quads, __m512i (&left)[ROWS],
@@ -61,7 +46,7 @@ struct Avx512Vnni {
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                          const float* bias, const float* threshold, Hit* hits) {
         int64_t found = 0;
-        Ahead none{nullptr, 0, false};
+        Ahead none{nullptr, 0, 0};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
             panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, none);
@@ -90,7 +75,7 @@ struct Avx512Vnni {
     static void products(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                          const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines) {
-        Ahead near{ahead, lines, lines > columns / COLUMNS * quads};
+        Ahead near{ahead, lines, lines > columns / COLUMNS * quads ? 2 : 1};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
             panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, near);

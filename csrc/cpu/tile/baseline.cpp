@@ -38,7 +38,7 @@ void add_products(const float* tile, const float* b, int64_t d, float (&product)
 }
 
 void write_products(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
-                    float* out, int64_t stride) {
+                    float* out, int64_t stride, const char*, int64_t) {
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         float product[ROWS][COLUMNS] = {};
         add_products(tile, panels + column * d, d, product);

@@ -25,6 +25,9 @@ struct Rows {
     // Where row i is, at most `count`.
     const char* at(int64_t i) const { return static_cast<const char*>(data) + bytes(i); }
 
+    // Rows first to first + number.
+    Rows part(int64_t first, int64_t number) const { return {at(first), number, stride, d, element}; }
+
     // The same rows, channels first to first + count.
     Rows channels(int64_t first, int64_t width) const {
         return {static_cast<const char*>(data) + first * size(), count, stride, width, element};

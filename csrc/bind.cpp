@@ -90,12 +90,12 @@ PYBIND11_MODULE(_native, m) {
         [](uintptr_t queries, int64_t q, int64_t queries_stride, uintptr_t bank, int64_t m,
            int64_t bank_stride, int64_t d, int element, bool prepared, int k, int metric, uintptr_t distance,
            uintptr_t index, int threads) {
-            const Tile& tile = chosen_tile();
+            const Isa& isa = chosen_isa();
             const Element type = static_cast<Element>(element);
             const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d, type};
             const Rows right{reinterpret_cast<const void*>(bank), m, bank_stride, d, type};
             py::gil_scoped_release release;
-            knn_topk(tile, left, {right, prepared}, k, static_cast<Metric>(metric),
+            knn_topk(isa.tile, isa.int8, left, {right, prepared}, k, static_cast<Metric>(metric),
                      reinterpret_cast<float*>(distance), reinterpret_cast<int64_t*>(index), threads);
         },
         "Fill distance (Q, k) float32 and index (Q, k) int64; k <= MAX_K. "

@@ -136,3 +136,45 @@ def test_more_queries_than_one_chunk_and_more_rows_than_one_block(isa):
     queries, bank = torch.randn(4100, 2), torch.randn(300, 2)
     assert_kernel(OP, KERNEL, (queries, bank, 2, "euclidean"))
     assert_kernel(OP, KERNEL, (torch.randn(5, 4096), torch.randn(1100, 4096), 2, "cosine"))
+
+
+def _duplicates(queries, bank):
+    bank[300:] = bank[:300].clone()
+    queries[:50] = bank[10:60]
+
+
+def _opposite(queries, bank):
+    queries[:] = -bank[:1]
+    bank[:] = bank[:1].clone() * torch.rand(len(bank), 1)
+
+
+KINDS = {
+    "plain": lambda queries, bank: None,
+    "duplicates": _duplicates,
+    "opposite": _opposite,
+    "zero query": lambda queries, bank: queries[3].zero_(),
+    "zero row": lambda queries, bank: bank[7].zero_(),
+    "broken query": lambda queries, bank: queries[5, :1].fill_(math.nan),
+    "broken row": lambda queries, bank: bank[5, :1].fill_(math.inf),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_neighbor_is_the_first_of_two(isa, metric, kind):
+    for dtype, d, scale in ((torch.float32, 40, 1.0), (torch.float32, 33, 1e-22), (torch.bfloat16, 65, 1.0)):
+        queries, bank = torch.randn(260, d), torch.randn(600, d)
+        KINDS[kind](queries, bank)
+        queries, bank = (scale * queries).to(dtype), (scale * bank).to(dtype)
+        one, two = (KERNEL.run(queries, bank, k, metric) for k in (1, 2))
+        torch.testing.assert_close(one[0], two[0][:, :1], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(one[1], two[1][:, :1])
+
+
+def test_one_neighbor_in_a_bank_of_several_blocks(isa):
+    queries, bank = torch.randn(260, 2048), torch.randn(1100, 2048)
+    bank[1050:] = bank[:50]
+    queries[:50] = bank[:50]
+    one, two = (KERNEL.run(queries, bank, k, "cosine") for k in (1, 2))
+    assert torch.equal(one[0], two[0][:, :1])
+    assert torch.equal(one[1], two[1][:, :1])

@@ -49,12 +49,15 @@ struct Int8Tile {
     // where float32 is as fast.
     void (*products)(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                      const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
-                     const float* bias, float* out, int64_t stride);
+                     const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines);
 
-    // Quantize x - center (d,) into runs of codes, `stride` bytes from run to run, 0 behind the last channel.
-    // The norms are rounded up. Rows whose largest channel is not between 1e-12 and 1e12 get scale 0 and,
-    // unless they are 0, an infinite rest. Null with `products`.
-    Quantized (*quantize)(const float* x, const float* center, int64_t d, int8_t* codes, int64_t stride);
+    // Quantize up to ROWS rows x (d,) less the center into runs of codes, RUN bytes from row to row, `stride`
+    // from run to run, 0 behind the last channel. With `units` each row is scaled first as by Tile::normalize
+    // and written there, `unit_stride` floats from row to row. The norms are rounded up. Rows whose largest
+    // channel is not between 1e-12 and 1e12 get scale 0 and, unless they are 0, infinite norms; so do rows
+    // with NaN or inf. Null with `products`.
+    void (*quantize)(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
+                     int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found);
 };
 
 extern const Int8Tile baseline_int8_tile;

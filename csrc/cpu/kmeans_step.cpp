@@ -35,14 +35,15 @@ void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const
     const Array<float> buffers = allocate<float>(SLICE * threads);
     std::fill(total.get(), total.get() + k * d, 0.0);
     std::fill(counts, counts + k, 0);
-    const Array<int32_t> members =
-        allocate<int32_t>(rows.count);  // of a part, center after center, in the order of the rows
+    const Array<int32_t> members = allocate<int32_t>(
+        rows.count + AHEAD_ROWS);  // of a part, center after center, in the order of the rows
     std::vector<int64_t> ends(static_cast<size_t>(k));
 
     const auto add = [&](int64_t first, int64_t last) {
 #pragma omp single
         {
             sort_by_center(index + first, last - first, ends, members.get());
+            std::fill_n(members.get() + ends.back(), AHEAD_ROWS, 0);
             for (int64_t c = 0; c < k; ++c) counts[c] += ends[c] - (c > 0 ? ends[c - 1] : 0);
         }
 #pragma omp for schedule(static)
@@ -57,9 +58,9 @@ void kmeans_step(const Tile& tile, const Int8Tile& int8, const Rows& rows, const
                                         ends[c] - at, width, out);
                     continue;
                 }
-                const int32_t alone = 0;
+                const int32_t alone[1 + AHEAD_ROWS] = {};
                 for (int64_t t = at; t < ends[c]; ++t) {
-                    tile.lines.add_rows(part.get(first + members[t], buffer), 0, &alone, 1, width, out);
+                    tile.lines.add_rows(part.get(first + members[t], buffer), 0, alone, 1, width, out);
                 }
             }
         }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "blocking.h"
+#include "nearest_neighbor.h"
 #include "threads.h"
 
 namespace dinofast {
@@ -212,9 +213,13 @@ class Scan {
 
 }  // namespace
 
-void knn_topk(const Tile& tile, const Rows& queries, const Bank& bank, int k, Metric metric, float* distance,
-              int64_t* index, int threads) {
+void knn_topk(const Tile& tile, const Int8Tile& int8, const Rows& queries, const Bank& bank, int k,
+              Metric metric, float* distance, int64_t* index, int threads) {
     const int64_t n = queries.count, d = queries.d;
+    if (k == 1 && !bank.prepared &&
+        nearest_neighbor(tile, int8, queries, bank.rows, metric, distance, index, threads)) {
+        return;
+    }
 #ifdef _OPENMP
     if (n * bank.rows.count * d <= SMALL) threads = 1;
 #else

@@ -12,7 +12,6 @@
 namespace dinofast {
 namespace {
 
-constexpr int64_t SELECTED = 16;   // scores that Lines::select reads at once, also behind the last
 constexpr int64_t GROUP = 512;     // columns scanned at once: their scores fit the L1
 constexpr int64_t PART = 1 << 18;  // floats of rows decided before `then` takes them
 constexpr int64_t FEW = 6;         // pairs in which one decision costs no more than a screen gains
@@ -84,7 +83,9 @@ Nearest::Scratch Nearest::scratch() const {
             allocate<int8_t>(code_size_),
             allocate<const float*>(rows),
             allocate<int32_t>(rows),
-            allocate<int32_t>(group_),
+            allocate<int32_t>(height_ * group_ + SELECTED),
+            allocate<Pair>(height_ * group_ + 1),
+            allocate<float>(height_ * group_),
             allocate<bool>(rows)};
 }
 
@@ -187,43 +188,57 @@ void Nearest::judge(Screen screen, int64_t rows, int64_t found) {
 }
 
 void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value,
-                           int64_t* index) {
+                           int64_t* index) const {
+    const int64_t begin = t * height_, first = slot * height_;
+    const int64_t present = std::min(height_, rows_.count - begin);
+    float* const own = mine.rows.get() + first * padded_;
+    const bool cosine = what_ == Value::cosine;
+    const float* x[MAX_ROWS];
+    Quantized found[MAX_ROWS];
     for (int64_t r = 0; r < height_; ++r) {
-        const int64_t at = slot * height_ + r, i = t * height_ + r;
-        mine.open[at] = false;
-        mine.scale[at] = 0;
-        mine.sum[at] = 0;
-        mine.offset[at] = 0;
-        mine.x[at] = zero_.get();
-        if (i + height_ < rows_.count) rows_.prefetch(i + height_);
-        if (i < rows_.count) prepare_row(i, slot, r, screen, mine, value, index);
+        mine.open[first + r] = false;
+        mine.scale[first + r] = 0;
+        mine.sum[first + r] = 0;
+        mine.offset[first + r] = 0;
+        mine.x[first + r] = zero_.get();
+        if (r < present)
+            x[r] = rows_.get(begin + r, cosine ? mine.buffer.get() + r * padded_ : own + r * padded_);
+    }
+    if (screen == Screen::int8) {
+        int8_.quantize(x, present, center_.get(), d_, cosine ? own : nullptr, padded_,
+                       mine.codes.get() + first * code_size_, height_ * Int8Tile::RUN, found);
+    }
+    for (int64_t r = 0; r < present; ++r) {
+        if (prepare_row(slot, r, x[r], screen, found[r], mine, value[begin + r])) continue;
+        value[begin + r] = NAN;
+        index[begin + r] = -1;
     }
 }
 
-void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
-                          int64_t* index) {
+// False when the row holds NaN or inf.
+bool Nearest::prepare_row(int64_t slot, int64_t r, const float* x, Screen screen, const Quantized& found,
+                          Scratch& mine, float& value) const {
     const int64_t at = slot * height_ + r;
-    float* const own = mine.rows.get() + at * padded_;
-    const float* x = rows_.get(i, what_ == Value::cosine ? mine.buffer.get() : own);
-    bool whole = true;
+    const bool int8 = screen == Screen::int8;
     if (what_ == Value::cosine) {
-        whole = tile_.normalize(x, d_, own, DEPTH);
-        std::fill(own + d_, own + padded_, 0.0f);
-        x = own;
-        if (whole && std::all_of(x, x + d_, [](float part) { return part == 0; })) {
-            value[i] = 0;
-            return;
+        float* const unit = mine.rows.get() + at * padded_;
+        if (int8 ? !(found.norm < HUGE_NORM) : !tile_.normalize(x, d_, unit, DEPTH)) return false;
+        std::fill(unit + d_, unit + padded_, 0.0f);
+        x = unit;
+        if (std::all_of(x, x + d_, [](float part) { return part == 0; })) {
+            value = 0;
+            return true;
         }
     }
-    if (whole && screen == Screen::int8) {
-        int8_t* const codes = mine.codes.get() + slot * height_ * code_size_ + r * Int8Tile::RUN;
-        const Quantized found = int8_.quantize(x, center_.get(), d_, codes, height_ * Int8Tile::RUN);
+    mine.x[at] = x;
+    mine.open[at] = true;
+    if (int8) {
         mine.scale[at] = found.scale;
         mine.sum[at] = found.sum;
         mine.norm[at] = found.norm;
         mine.rest[at] = found.rest;
         mine.offset[at] = (1 - center_square_ - found.norm * found.norm) / 2;
-    } else if (whole) {
+    } else {
         mine.norm[at] = 2;  // of a product of unit rows, and more
         if (what_ == Value::sq_distance) {
             const double square = tile_.lines.sq_distance(x, center_.get(), d_);
@@ -232,17 +247,14 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scr
         mine.rest[at] = 0;
     }
     if (what_ == Value::sq_distance && !(mine.norm[at] < HUGE_NORM)) {
-        whole = std::isfinite(tile_.lines.sq_distance(x, zero_.get(), d_));
         mine.norm[at] = INFINITY;
+        if (!std::isfinite(tile_.lines.sq_distance(x, zero_.get(), d_))) {
+            mine.open[at] = false;
+            mine.x[at] = zero_.get();
+            return false;
+        }
     }
-    if (!whole) {
-        value[i] = NAN;
-        index[i] = -1;
-        return;
-    }
-    mine.open[at] = true;
-    mine.x[at] = x;
-    if (screen != Screen::float32) return;
+    if (screen != Screen::float32) return true;
     float* out = mine.tiles.get() + slot * height_ * padded_ + r * DEPTH;
     for (int64_t run = 0; run < d_; run += DEPTH, out += height_ * DEPTH) {
         const int64_t depth = std::min<int64_t>(DEPTH, d_ - run);
@@ -252,107 +264,7 @@ void Nearest::prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scr
             subtract(x + run, center_.get() + run, depth, out);
         }
     }
-}
-
-// Tile t, in its slot, against columns c to c + count of the block. How many pairs were decided.
-int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
-                             float* value, int64_t* index) const {
-    const int64_t first = slot * height_;
-    const bool int8 = screen == Screen::int8;
-    if (screen == Screen::none) {
-        decide_all(t, slot, 0, height_, c, count, mine, value, index);
-        return 0;
-    }
-    if (int8) {
-        int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
-                       mine.scale.get() + first, mine.sum.get() + first, column_codes_.get() + c * quads_ * 4,
-                       count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_);
-    } else {
-        tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
-                       plain_bias_.get() + c, mine.scores.get(), group_);
-    }
-    float most_rest = 0, most_norm = 0, most_own = 0;
-    for (int64_t p = c / PANEL; p * PANEL < c + count; ++p) {
-        most_rest = std::max(most_rest, panel_rest_[p]);
-        most_norm = std::max(most_norm, panel_norm_[p]);
-        most_own = std::max(most_own, panel_own_[p]);
-    }
-    int64_t decided = 0;
-    for (int64_t r = 0; r < height_; ++r) {
-        const int64_t at = first + r, i = t * height_ + r;
-        if (!mine.open[at]) continue;
-        const float norm = mine.norm[at];
-        const float by_rest = int8 ? norm + mine.rest[at] : 0, by_norm = int8 ? mine.rest[at] : gamma_ * norm;
-        const float base = what_ == Value::cosine ? TINY : gamma_ * norm * norm + TINY;
-        const float* const score = mine.scores.get() + r * group_;
-        int32_t* const list = mine.columns.get();
-        float limit = limit_for(value[i], norm, mine.offset[at]);
-        const int64_t found = tile_.lines.select(
-            score, count, limit, base + by_rest * most_rest + by_norm * most_norm + most_own, list);
-        if (found == 0) continue;
-        if (what_ == Value::cosine && found > 4 && found * 3 > count) {
-            decide_all(t, slot, r, 1, c, count, mine, value, index);
-            decided += found;
-            continue;
-        }
-        const auto decide = [&](int64_t j) {
-            const float* const y = column(c + j);
-            const float own = what_ == Value::cosine
-                                  ? std::clamp(tile_.lines.dot(mine.x[at], y, d_), -1.0f, 1.0f)
-                                  : static_cast<float>(tile_.lines.sq_distance(mine.x[at], y, d_));
-            offer(own, start_ + number_[c + j], value[i], index[i]);
-            ++decided;
-        };
-        int32_t top = list[0];
-        for (int64_t f = 1; f < found; ++f) top = score[list[f]] > score[top] ? list[f] : top;
-        decide(top);
-        if (found == 1) continue;
-        limit = std::max(limit, limit_for(value[i], norm, mine.offset[at]));
-        for (int64_t f = 0; f < found; ++f) {
-            const int64_t j = list[f];
-            const float error =
-                base + by_rest * column_rest_[c + j] + by_norm * column_norm_[c + j] + own_[c + j];
-            if (j == top || score[j] + error < limit) continue;
-            decide(j);
-        }
-    }
-    return decided;
-}
-
-// Every pair of `rows` rows of the tile from row `begin` on; cosines only.
-void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
-                         Scratch& mine, float* value, int64_t* index) const {
-    const int64_t first = slot * height_;
-    for (int64_t j = 0; j < count; j += 4) {
-        const float* four[4];
-        for (int64_t i = 0; i < 4; ++i) four[i] = column(c + std::min(j + i, count - 1));
-        tile_.lines.dots(mine.x.get() + first + begin, rows, four, d_, mine.scores.get() + begin * group_ + j,
-                         group_);
-    }
-    for (int64_t r = begin; r < begin + rows; ++r) {
-        const int64_t i = t * height_ + r;
-        if (!mine.open[first + r]) continue;
-        float* const score = mine.scores.get() + r * group_;
-        for (int64_t j = 0; j < count; ++j) score[j] = std::clamp(score[j], -1.0f, 1.0f);
-        std::fill(score + count, score + std::min(round_up(count, SELECTED), group_), -INFINITY);
-        int32_t* const list = mine.columns.get();
-        if (tile_.lines.select(score, count, value[i], 0, list) == 0) continue;
-        offer(score[list[0]], start_ + number_[c + list[0]], value[i], index[i]);
-    }
-}
-
-// Keep the better value, of equal ones the smaller number.
-void Nearest::offer(float own, int64_t number, float& value, int64_t& index) const {
-    const bool better = what_ == Value::cosine ? own > value : own < value;
-    if (!better && !(own == value && number < index)) return;
-    value = own;
-    index = number;
-}
-
-// A column whose score is below this by more than its error has no better value.
-float Nearest::limit_for(float value, float norm, float offset) const {
-    if (what_ == Value::cosine) return value - offset - 8 * gamma_;
-    return (norm * norm - value) / 2 - gamma_ * (4 * norm * norm + value);
+    return true;
 }
 
 }  // namespace dinofast

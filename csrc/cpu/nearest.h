@@ -33,12 +33,26 @@ class Nearest {
   private:
     enum class Screen { int8, float32, none };
 
+    // Row of the tile, column of the group.
+    struct Pair {
+        int32_t row, column;
+    };
+
+    // What a row of a tile wants of a group: columns whose score plus error reaches the limit.
+    struct Wanted {
+        float limit, base, by_rest, by_norm;
+        int32_t top;
+        int64_t count;
+    };
+
     // One thread's tiles of rows and what it knows of each row.
     struct Scratch {
         Array<float> rows, tiles, buffer, scores, scale, norm, rest, offset;
         Array<int8_t> codes, code_buffer;
         Array<const float*> x;
         Array<int32_t> sum, columns;
+        Array<Pair> pairs;
+        Array<float> own;
         Array<bool> open;
     };
 
@@ -50,13 +64,16 @@ class Nearest {
     void prepare_column(int64_t c, Scratch& mine);
     void pack_floats(int64_t c, float* buffer);
     void decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index);
-    void prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value, int64_t* index);
-    void prepare_row(int64_t i, int64_t slot, int64_t r, Screen screen, Scratch& mine, float* value,
-                     int64_t* index);
+    void prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value,
+                      int64_t* index) const;
+    bool prepare_row(int64_t slot, int64_t r, const float* x, Screen screen, const Quantized& found,
+                     Scratch& mine, float& value) const;
     int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                         float* value, int64_t* index) const;
+    void decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,
+                      int64_t* index) const;
     void decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
-                    Scratch& mine, float* value, int64_t* index) const;
+                    int32_t* list, Scratch& mine, float* value, int64_t* index) const;
     void judge(Screen screen, int64_t rows, int64_t found);
     void offer(float own, int64_t number, float& value, int64_t& index) const;
     const float* read(int64_t j) const;
@@ -70,7 +87,8 @@ class Nearest {
     float limit_for(float value, float norm, float offset) const;
 
     static constexpr int64_t PANEL =
-        Int8Tile::COLUMNS;                     // columns prepared at once: whole panels of every tile
+        Int8Tile::COLUMNS;                   // columns prepared at once: whole panels of every tile
+    static constexpr int64_t SELECTED = 16;  // scores that Lines::select reads at once, also behind the last
     static constexpr float HUGE_NORM = 1e15f;  // scores of longer rows might overflow
 
     const Tile& tile_;

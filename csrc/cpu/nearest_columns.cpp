@@ -129,7 +129,8 @@ void Nearest::prepare_column(int64_t c, Scratch& mine) {
     }
     if (screen_ != Screen::int8) return;
     int8_t* const codes = mine.code_buffer.get();
-    const Quantized found = int8_.quantize(y, center_.get(), d_, codes, Int8Tile::RUN);
+    Quantized found;
+    int8_.quantize(&y, 1, center_.get(), d_, nullptr, 0, codes, Int8Tile::RUN, &found);
     column_scale_[c] = found.scale;
     column_rest_[c] = found.rest + gamma_ * (found.rest + column_norm_[c]);
     uint8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;

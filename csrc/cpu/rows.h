@@ -16,17 +16,21 @@ struct Rows {
     int64_t d;
     Element element;
 
-    // The same rows, channels first to first + count.
-    Rows channels(int64_t first, int64_t size) const {
-        const char* start = static_cast<const char*>(data) + first * (element == Element::float32 ? 4 : 2);
-        return {start, count, stride, size, element};
-    }
+    // Bytes of an element.
+    int64_t size() const { return element == Element::float32 ? 4 : 2; }
 
-    // Bring row i near while something else is computed.
-    void prefetch(int64_t i) const {
-        const int64_t size = element == Element::float32 ? 4 : 2;
-        const char* row = static_cast<const char*>(data) + i * stride * size;
-        for (int64_t at = 0; at < d * size; at += 64) __builtin_prefetch(row + at);
+    // Bytes of so many rows, with what lies between them.
+    int64_t bytes(int64_t rows) const { return rows * stride * size(); }
+
+    // Where row i is, at most `count`.
+    const char* at(int64_t i) const { return static_cast<const char*>(data) + bytes(i); }
+
+    // Rows first to first + number.
+    Rows part(int64_t first, int64_t number) const { return {at(first), number, stride, d, element}; }
+
+    // The same rows, channels first to first + count.
+    Rows channels(int64_t first, int64_t width) const {
+        return {static_cast<const char*>(data) + first * size(), count, stride, width, element};
     }
 
     // Row i as float32: in place when it is, else converted into buffer (d,).

@@ -11,7 +11,8 @@ namespace dinofast {
 
 constexpr int DEPTH = 64;
 constexpr int CHUNK = 8 * DEPTH;  // channels summed into one accumulator: fewer rounding errors in long rows
-constexpr int MAX_ROWS = 16;      // no register tile has more rows
+constexpr int AHEAD_ROWS = 8;
+constexpr int MAX_ROWS = 16;  // no register tile has more rows
 
 // A product that a sieve lets through: row of the tile, column counted from the first panel, product + bias.
 struct Hit {
@@ -25,6 +26,9 @@ struct Lines {
     // that are added in one order, so every instruction set gives the same bits.
     double (*sq_distance)(const float* x, const float* y, int64_t d);
 
+    // The same bits for `count` pairs.
+    void (*sq_distances)(const float* const* x, const float* const* y, int64_t count, int64_t d, double* out);
+
     // Four such sums, of x and each y, all in float32: less than (d + 32) * 2^-24 of their value off while
     // nothing over- or underflows.
     void (*rough_sq_distances)(const float* x, const float* const y[4], int64_t d, float out[4]);
@@ -37,10 +41,13 @@ struct Lines {
                  int64_t stride);
 
     // List the columns j whose score is not below `limit` - slack, nor below the highest score - 2 slack, NaN
-    // included, ascending, and return how many. `score` and `columns` reach to a multiple of 16.
-    int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns);
+    // included, ascending, and return how many; if any, `top` is that of the highest score. `score` reaches
+    // to a multiple of 16, `columns` 16 beyond that.
+    int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns,
+                      int32_t* top);
 
-    // out[j] += the sum over t < count of rows[index[t] * stride + j], one after the other, for j < n.
+    // out[j] += the sum over t < count of rows[index[t] * stride + j], one after the other, for j < n. The
+    // index reaches AHEAD_ROWS further, to rows that are wanted next.
     void (*add_rows)(const float* rows, int64_t stride, const int32_t* index, int64_t count, int64_t n,
                      double* out);
 
@@ -62,9 +69,10 @@ struct Tile {
     bool (*normalize)(const float* x, int64_t d, float* out, int64_t stride);
 
     // Write product + bias[column] of every row and column to out, `stride` floats from row to row. Columns
-    // come in whole panels: out and bias reach to the end of the last.
+    // come in whole panels: out and bias reach to the end of the last. Meanwhile some cache lines from
+    // `ahead` on are brought near.
     void (*products)(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
-                     float* out, int64_t stride);
+                     float* out, int64_t stride, const char* ahead, int64_t lines);
 
     // Write every (row, column) whose product + bias[column] is not below threshold[row], NaN included, and
     // return how many: at most rows * columns. `bias` is readable up to a whole panel.

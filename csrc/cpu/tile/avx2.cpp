@@ -30,6 +30,34 @@ struct Avx2 {
     static uint32_t not_below(Float x, Float limit) {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
     }
+    // The highest score from `least` on, and its column; -1 if there is none.
+    struct Top {
+        Float best, column = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+
+        explicit Top(float least) : best(set(least)) {}
+        void add(Float x, int32_t first) {
+            const __m256i lanes =
+                _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(first));
+            const Float greater = _mm256_cmp_ps(x, best, _CMP_GT_OQ);
+            best = larger(x, best);
+            column = _mm256_blendv_ps(column, _mm256_castsi256_ps(lanes), greater);
+        }
+        int32_t read(float& value) const {
+            value = largest(best);
+            const Float equal = _mm256_cmp_ps(best, set(value), _CMP_EQ_OQ);
+            int32_t columns[LANES];
+            _mm256_storeu_ps(reinterpret_cast<float*>(columns), column);
+            return columns[__builtin_ctz(static_cast<uint32_t>(_mm256_movemask_ps(equal)) |
+                                         1u << (LANES - 1))];
+        }
+    };
+    // List first + each lane that is set.
+    static int append(uint32_t lanes, int32_t first, int32_t* out) {
+        int found = 0;
+        for (; __builtin_expect(lanes != 0, 0); lanes &= lanes - 1)
+            out[found++] = first + __builtin_ctz(lanes);
+        return found;
+    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m256d low = _mm256_setzero_pd(), high = low;
         int64_t k = 0;
@@ -63,18 +91,29 @@ struct Avx2 {
         const __m128 sum = halves(x), pairs = _mm_hadd_ps(sum, sum);
         return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
-    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
-        __m256d sum[4];
-        for (__m256d& s : sum) s = _mm256_setzero_pd();
+    template <int N>
+    [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,
+                                                          int64_t d, double (*sums)[16]) {
+        __m256d sum[N][4];
+        for (auto& of : sum) {
+            for (__m256d& part : of) part = _mm256_setzero_pd();
+        }
         int64_t k = 0;
         for (; k + 16 <= d; k += 16) {
-            for (int part = 0; part < 4; ++part) {
-                const int64_t at = k + 4 * part;
-                const __m256d gap = _mm256_cvtps_pd(_mm_sub_ps(_mm_loadu_ps(x + at), _mm_loadu_ps(y + at)));
-                sum[part] = _mm256_fmadd_pd(gap, gap, sum[part]);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+                for (int part = 0; part < 4; ++part) {
+                    const int64_t at = k + 4 * part;
+                    const __m256d gap =
+                        _mm256_cvtps_pd(_mm_sub_ps(_mm_loadu_ps(x[n] + at), _mm_loadu_ps(y[n] + at)));
+                    sum[n][part] = _mm256_fmadd_pd(gap, gap, sum[n][part]);
+                }
             }
         }
-        for (int part = 0; part < 4; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
+        for (int n = 0; n < N; ++n) {
+            for (int part = 0; part < 4; ++part) _mm256_storeu_pd(sums[n] + 4 * part, sum[n][part]);
+        }
         return k;
     }
 };

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "avx512_squares.h"
 #include "mixture.h"
 #include "register_tile.h"
 #include "vector_lines.h"
@@ -18,7 +19,6 @@ struct Avx512 {
     static void hold(Float& x) { asm("" : "+v"(x)); }
     static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
-    static __mmask16 first_lanes(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
     // y where x is NaN.
     static Float larger(Float x, Float y) { return _mm512_max_ps(x, y); }
     static float largest(Float x) { return _mm512_reduce_max_ps(x); }
@@ -26,29 +26,31 @@ struct Avx512 {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
-    static double sum_of_squares(const float* x, int64_t d) {
-        __m512d sum[4];
-        for (__m512d& part : sum) part = _mm512_setzero_pd();
-        int64_t k = 0;
-        for (; k + 32 <= d; k += 32) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                const __m512d v = _mm512_cvtps_pd(_mm256_loadu_ps(x + k + 8 * i));
-                sum[i] = _mm512_fmadd_pd(v, v, sum[i]);
-            }
+    static __m512i lanes() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+    // The highest score from `least` on, and its column; -1 if there is none.
+    struct Top {
+        Float best;
+        __m512i column = _mm512_set1_epi32(-1);
+
+        explicit Top(float least) : best(set(least)) {}
+        void add(Float x, int32_t first) {
+            const __mmask16 greater = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ);
+            best = larger(x, best);
+            column = _mm512_mask_add_epi32(column, greater, lanes(), _mm512_set1_epi32(first));
         }
-        for (; k < d; k += 16) {
-            const __mmask16 valid = first_lanes(d - k < 16 ? static_cast<int>(d - k) : 16);
-            const Float v = _mm512_maskz_loadu_ps(valid, x + k);
-            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-            const __m512d b =
-                _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-            sum[0] = _mm512_fmadd_pd(a, a, sum[0]);
-            sum[1] = _mm512_fmadd_pd(b, b, sum[1]);
+        int32_t read(float& value) const {
+            value = largest(best);
+            const __mmask16 equal = _mm512_cmp_ps_mask(best, set(value), _CMP_EQ_OQ);
+            return _mm512_cvtsi512_si32(_mm512_maskz_compress_epi32(equal, column));
         }
-        const __m512d left = _mm512_add_pd(sum[0], sum[1]), right = _mm512_add_pd(sum[2], sum[3]);
-        return _mm512_reduce_add_pd(_mm512_add_pd(left, right));
+    };
+    // List first + each lane that is set, without a branch: which lanes are set is hard to predict.
+    static int append(uint32_t set, int32_t first, int32_t* out) {
+        const __m512i column = _mm512_add_epi32(lanes(), _mm512_set1_epi32(first));
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), column));
+        return __builtin_popcount(set);
     }
+    static double sum_of_squares(const float* x, int64_t d) { return dinofast::sum_of_squares(x, d); }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
     static Wide add_widened(Wide sum, const float* p) {
@@ -75,18 +77,27 @@ struct Avx512 {
         const __m128 sum = quarters(x), pairs = _mm_hadd_ps(sum, sum);
         return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
-    static int64_t add_sq_distance(const float* x, const float* y, int64_t d, double* sums) {
-        __m512d low = _mm512_setzero_pd(), high = low;
+    template <int N>
+    [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,
+                                                          int64_t d, double (*sums)[16]) {
+        __m512d low[N], high[N];
+        for (int n = 0; n < N; ++n) low[n] = high[n] = _mm512_setzero_pd();
         int64_t k = 0;
         for (; k + 16 <= d; k += 16) {
-            const __m256 left = _mm256_sub_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(y + k));
-            const __m256 right = _mm256_sub_ps(_mm256_loadu_ps(x + k + 8), _mm256_loadu_ps(y + k + 8));
-            const __m512d a = _mm512_cvtps_pd(left), b = _mm512_cvtps_pd(right);
-            low = _mm512_fmadd_pd(a, a, low);
-            high = _mm512_fmadd_pd(b, b, high);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                const float *p = x[n] + k, *q = y[n] + k;
+                const __m512d a = _mm512_cvtps_pd(_mm256_sub_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q)));
+                const __m512d b =
+                    _mm512_cvtps_pd(_mm256_sub_ps(_mm256_loadu_ps(p + 8), _mm256_loadu_ps(q + 8)));
+                low[n] = _mm512_fmadd_pd(a, a, low[n]);
+                high[n] = _mm512_fmadd_pd(b, b, high[n]);
+            }
         }
-        _mm512_storeu_pd(sums, low);
-        _mm512_storeu_pd(sums + 8, high);
+        for (int n = 0; n < N; ++n) {
+            _mm512_storeu_pd(sums[n], low[n]);
+            _mm512_storeu_pd(sums[n] + 8, high[n]);
+        }
         return k;
     }
 };

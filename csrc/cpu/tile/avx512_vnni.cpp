@@ -1,6 +1,8 @@
 #include <immintrin.h>
 
 #include "../int8_tile.h"
+#include "avx512_squares.h"
+#include "register_tile.h"
 
 namespace dinofast {
 namespace {
@@ -16,13 +18,14 @@ struct Avx512Vnni {
     // Products of a tile with one panel, left and right half.
     [[gnu::always_inline]] static void panel_products(const int32_t* tile, const int32_t* row_sum,
                                                       const uint8_t* b, int64_t quads, __m512i (&left)[ROWS],
-                                                      __m512i (&right)[ROWS]) {
+                                                      __m512i (&right)[ROWS], Ahead& ahead) {
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) left[r] = right[r] = _mm512_set1_epi32(-128 * row_sum[r]);
         for (int64_t run = 0; run < quads; run += QUADS) {
             const int32_t* a = tile + run * ROWS;
             const int64_t depth = quads - run < QUADS ? quads - run : QUADS;
             for (int64_t quad = 0; quad < depth; ++quad, b += 4 * COLUMNS) {
+                ahead.fetch();
                 const __m512i b_left = _mm512_loadu_si512(b), b_right = _mm512_loadu_si512(b + 64);
 #pragma GCC unroll 16
                 for (int r = 0; r < ROWS; ++r) {
@@ -43,9 +46,10 @@ struct Avx512Vnni {
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
                          const float* bias, const float* threshold, Hit* hits) {
         int64_t found = 0;
+        Ahead none{nullptr, 0, 0};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
-            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right);
+            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, none);
             const int64_t present = columns - column;
             const uint32_t valid = present < COLUMNS ? (1u << present) - 1 : 0xffffffffu;
 #pragma GCC unroll 16
@@ -164,10 +168,11 @@ struct Avx512Vnni {
 
     static void products(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
                          const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
-                         const float* bias, float* out, int64_t stride) {
+                         const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines) {
+        Ahead near{ahead, lines, lines > columns / COLUMNS * quads ? 2 : 1};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
-            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right);
+            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, near);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 const __m512 factor = _mm512_set1_ps(row_scale[r]);
@@ -179,11 +184,9 @@ struct Avx512Vnni {
         }
     }
 
-    // Channels k to k + 16 of x - center, 0 behind the last.
-    static __m512 gap(const float* x, const float* center, int64_t k, int64_t d) {
-        const int64_t left = d - k;
-        const __mmask16 valid = left >= LANES ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-        return _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + k), _mm512_maskz_loadu_ps(valid, center + k));
+    // Channels k to k + 16, of them `left` or fewer present, 0 behind.
+    static __m512 part(const float* x, int64_t k, int64_t left) {
+        return left >= LANES ? _mm512_loadu_ps(x + k) : _mm512_maskz_loadu_ps(first_lanes(left), x + k);
     }
 
     struct Sums {
@@ -208,22 +211,41 @@ struct Avx512Vnni {
         }
     };
 
-    static Quantized quantize(const float* x, const float* center, int64_t d, int8_t* codes, int64_t stride) {
-        constexpr int RUN = Int8Tile::RUN;
-        const int64_t whole = d / RUN * RUN;
+    // Largest channel and sum of squares of x - center. With factors, x is scaled and written to `unit`
+    // before.
+    template <int FACTORS>
+    static void measure(const float* x, const float* center, int64_t d, Scale scale, float* unit, float& peak,
+                        float& square) {
+        const __m512 first = _mm512_set1_ps(scale.first), second = _mm512_set1_ps(scale.second);
         Sums sums[2];
-        for (int64_t k = 0; k < whole; k += 2 * LANES) {
-            sums[0].add(_mm512_sub_ps(_mm512_loadu_ps(x + k), _mm512_loadu_ps(center + k)));
-            sums[1].add(_mm512_sub_ps(_mm512_loadu_ps(x + k + LANES), _mm512_loadu_ps(center + k + LANES)));
+        const auto add = [=](int64_t k, int64_t left, Sums& to) {
+            __m512 v = part(x, k, left);
+            if (FACTORS == 2) v = _mm512_mul_ps(v, first);
+            if (FACTORS > 0) {
+                v = _mm512_mul_ps(v, second);
+                _mm512_mask_storeu_ps(unit + k, first_lanes(left), v);
+            }
+            to.add(_mm512_sub_ps(v, part(center, k, left)));
+        };
+        int64_t k = 0;
+        for (; k + 2 * LANES <= d; k += 2 * LANES) {
+            add(k, LANES, sums[0]);
+            add(k + LANES, LANES, sums[1]);
         }
-        for (int64_t k = whole; k < d; k += LANES) sums[0].add(gap(x, center, k, d));
-        const float peak = _mm512_reduce_max_ps(_mm512_max_ps(sums[0].top, sums[1].top));
-        const float square = _mm512_reduce_add_ps(_mm512_add_ps(sums[0].square, sums[1].square));
+        for (; k < d; k += LANES) add(k, d - k, sums[0]);
+        peak = _mm512_reduce_max_ps(_mm512_max_ps(sums[0].top, sums[1].top));
+        square = _mm512_reduce_add_ps(_mm512_add_ps(sums[0].square, sums[1].square));
+    }
+
+    static Quantized encode(const float* x, const float* center, int64_t d, float peak, float square,
+                            int8_t* codes, int64_t stride) {
+        constexpr int RUN = Int8Tile::RUN;
         const bool usable = peak > 1e-12f && peak < 1e12f && square < 1e30f;
         const float scale = usable ? peak / 127 : 0;
         const __m512 by = _mm512_set1_ps(usable ? 127 / peak : 0), step = _mm512_set1_ps(scale);
         Coder coder[2] = {{by, step}, {by, step}};
-        for (int64_t run = 0; run < whole; run += RUN, codes += stride) {
+        int64_t run = 0;
+        for (; run + RUN <= d; run += RUN, codes += stride) {
 #pragma GCC unroll 4
             for (int64_t k = 0; k < RUN; k += LANES) {
                 const float *from = x + run + k, *less = center + run + k;
@@ -231,14 +253,41 @@ struct Avx512Vnni {
                 coder[k / LANES % 2].write(p, codes + k);
             }
         }
-        for (int64_t k = 0; whole < d && k < RUN; k += LANES) {
-            coder[0].write(gap(x, center, whole + k, d), codes + k);
+        for (int64_t k = 0; run < d && k < RUN; k += LANES) {
+            const int64_t left = d - run - k;
+            coder[0].write(_mm512_sub_ps(part(x, run + k, left), part(center, run + k, left)), codes + k);
         }
         if (!usable && !(peak == 0 && square == 0)) return {0, __builtin_inff(), __builtin_inff(), 0};
         const float up = 1 + static_cast<float>(d + 64) * 0x1p-24f;
         const float rest = _mm512_reduce_add_ps(_mm512_add_ps(coder[0].rest, coder[1].rest));
         return {scale, up * __builtin_sqrtf(rest), up * __builtin_sqrtf(square),
                 _mm512_reduce_add_epi32(_mm512_add_epi32(coder[0].sum, coder[1].sum))};
+    }
+
+    // Each step for some rows, which stay in the L1: what one row has to wait for does not keep the others.
+    static void quantize(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
+                         int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found) {
+        constexpr int64_t SOME = 4;
+        for (int64_t begin = 0; begin < count; begin += SOME) {
+            const int64_t some = count - begin < SOME ? count - begin : SOME;
+            float peak[SOME], square[SOME];
+            Scale scale[SOME] = {};
+            for (int64_t r = 0; r < some && units != nullptr; ++r) {
+                const double sum = sum_of_squares(x[begin + r], d);
+                scale[r] = sum < __builtin_inf() ? unit_scale(sum) : Scale{__builtin_nanf(""), 0};
+            }
+            for (int64_t r = 0; r < some; ++r) {
+                float* const unit = units == nullptr ? nullptr : units + (begin + r) * unit_stride;
+                const auto measured = units == nullptr      ? measure<0>
+                                      : scale[r].first == 1 ? measure<1>
+                                                            : measure<2>;
+                measured(x[begin + r], center, d, scale[r], unit, peak[r], square[r]);
+            }
+            for (int64_t r = begin; r < begin + some; ++r) {
+                found[r] = encode(units == nullptr ? x[r] : units + r * unit_stride, center, d,
+                                  peak[r - begin], square[r - begin], codes + r * Int8Tile::RUN, stride);
+            }
+        }
     }
 };
 

@@ -38,7 +38,7 @@ void add_products(const float* tile, const float* b, int64_t d, float (&product)
 }
 
 void write_products(const float* tile, const float* panels, int64_t columns, int64_t d, const float* bias,
-                    float* out, int64_t stride) {
+                    float* out, int64_t stride, const char*, int64_t) {
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         float product[ROWS][COLUMNS] = {};
         add_products(tile, panels + column * d, d, product);
@@ -85,6 +85,10 @@ double sq_distance(const float* x, const float* y, int64_t d) {
     return sums[0];
 }
 
+void sq_distances(const float* const* x, const float* const* y, int64_t count, int64_t d, double* out) {
+    for (int64_t p = 0; p < count; ++p) out[p] = sq_distance(x[p], y[p], d);
+}
+
 void rough_sq_distances(const float* x, const float* const y[4], int64_t d, float out[4]) {
     for (int which = 0; which < 4; ++which) {
         const float* const z = y[which];
@@ -116,13 +120,15 @@ void dots(const float* const* x, int64_t count, const float* const y[4], int64_t
     }
 }
 
-int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns, int32_t* top) {
     float best = limit + slack;
     for (int64_t j = 0; j < count; ++j) best = std::max(best, score[j]);  // no NaN
     int64_t found = 0;
     for (int64_t j = 0; j < count; ++j) {
         if (!(score[j] < best - 2 * slack)) columns[found++] = static_cast<int32_t>(j);
     }
+    *top = columns[0];
+    for (int64_t f = 1; f < found; ++f) *top = score[columns[f]] > score[*top] ? columns[f] : *top;
     return found;
 }
 
@@ -285,7 +291,7 @@ const Tile baseline_tile = {
     normalize,
     write_products,
     sieve,
-    {sq_distance, rough_sq_distances, dot, dots, select, add_rows, add_scaled, combine},
+    {sq_distance, sq_distances, rough_sq_distances, dot, dots, select, add_rows, add_scaled, combine},
     &mixture};
 
 }  // namespace dinofast

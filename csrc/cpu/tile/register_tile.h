@@ -9,11 +9,21 @@
 
 namespace dinofast {
 
+// Cache lines that are wanted soon, some at a time.
+struct Ahead {
+    const char* next;
+    int64_t left, each;
+
+    void fetch() {
+        for (int64_t i = 0; i < each && left > 0; ++i, --left, next += 64) __builtin_prefetch(next);
+    }
+};
+
 // Products of a tile with one panel, left and right half.
 template <class V, int ROWS>
 [[gnu::always_inline]] inline void register_tile_products(const float* tile, const float* b, int64_t d,
                                                           typename V::Float (&left)[ROWS],
-                                                          typename V::Float (&right)[ROWS]) {
+                                                          typename V::Float (&right)[ROWS], Ahead& ahead) {
     using Float = typename V::Float;
     constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
 #pragma GCC unroll 16
@@ -24,6 +34,7 @@ template <class V, int ROWS>
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) sum_left[r] = sum_right[r] = V::set(0);
         for (int64_t run = start; run < stop; run += DEPTH) {
+            ahead.fetch();
             const float* a = tile + run * ROWS;
             const int64_t depth = stop - run < DEPTH ? stop - run : DEPTH;
             for (int64_t k = 0; k < depth; ++k, b += WIDTH) {
@@ -46,12 +57,14 @@ template <class V, int ROWS>
 
 template <class V, int ROWS>
 void register_tile_write(const float* tile, const float* panels, int64_t columns, int64_t d,
-                         const float* bias, float* out, int64_t stride) {
+                         const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines) {
     using Float = typename V::Float;
     constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
+    const int64_t steps = (columns + WIDTH - 1) / WIDTH * ((d + DEPTH - 1) / DEPTH);
+    Ahead near{ahead, lines, (lines + steps - 1) / steps};
     for (int64_t column = 0; column < columns; column += WIDTH) {
         Float left[ROWS], right[ROWS];
-        register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right);
+        register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right, near);
         const Float bias_left = V::load(bias + column), bias_right = V::load(bias + column + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
@@ -67,9 +80,10 @@ int64_t register_tile_sieve(const float* tile, const float* panels, int64_t colu
     using Float = typename V::Float;
     constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
     int64_t found = 0;
+    Ahead none{nullptr, 0, 0};
     for (int64_t column = 0; column < columns; column += WIDTH) {
         Float left[ROWS], right[ROWS];
-        register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right);
+        register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right, none);
         const Float bias_left = V::load(bias + column), bias_right = V::load(bias + column + LANES);
         const int64_t present = columns - column;
         const uint32_t valid = present < WIDTH ? (1u << present) - 1 : 0xffffffffu;

@@ -5,18 +5,37 @@
 
 namespace dinofast {
 
+// Of N pairs side by side: each sum has to wait for its own last step.
+template <class V, int N>
+[[gnu::always_inline]] inline void sq_distance_block(const float* const* x, const float* const* y, int64_t d,
+                                                     double* out) {
+    double sums[N][16];
+    const int64_t k = V::template add_sq_distance<N>(x, y, d, sums);
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; k + i < d; ++i) {
+            const double gap = x[n][k + i] - y[n][k + i];
+            sums[n][i] += gap * gap;
+        }
+        for (int half = 8; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[n][i] += sums[n][i + half];
+        }
+        out[n] = sums[n][0];
+    }
+}
+
 template <class V>
 double vector_sq_distance(const float* x, const float* y, int64_t d) {
-    double sums[16];
-    const int64_t k = V::add_sq_distance(x, y, d, sums);
-    for (int i = 0; k + i < d; ++i) {
-        const double gap = x[k + i] - y[k + i];
-        sums[i] += gap * gap;
-    }
-    for (int half = 8; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    return sums[0];
+    double sum;
+    sq_distance_block<V, 1>(&x, &y, d, &sum);
+    return sum;
+}
+
+template <class V>
+void vector_sq_distances(const float* const* x, const float* const* y, int64_t count, int64_t d,
+                         double* out) {
+    int64_t p = 0;
+    for (; p + 2 <= count; p += 2) sq_distance_block<V, 2>(x + p, y + p, d, out + p);
+    if (p < count) sq_distance_block<V, 1>(x + p, y + p, d, out + p);
 }
 
 template <class V>
@@ -103,20 +122,23 @@ float vector_dot(const float* x, const float* y, int64_t d) {
 }
 
 template <class V>
-int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns) {
+int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns,
+                      int32_t* top) {
     constexpr int LANES = V::LANES;
-    auto best = V::set(limit + slack);
-    for (int64_t j = 0; j < count; j += LANES) best = V::larger(V::load(score + j), best);
-    best = V::set(V::largest(best) - 2 * slack);
-    int64_t found = 0;
-    for (int64_t j = 0; j < count; j += LANES) {
-        uint32_t through = V::not_below(V::load(score + j), best);
-        if (__builtin_expect(through == 0, 1)) continue;
-        if (count - j < LANES) through &= (1u << (count - j)) - 1;
-        for (; through != 0; through &= through - 1) {
-            columns[found++] = static_cast<int32_t>(j) + __builtin_ctz(through);
-        }
+    typename V::Top best(limit + slack);
+    for (int64_t j = 0; j < count; j += LANES) best.add(V::load(score + j), static_cast<int32_t>(j));
+    float most;
+    const int32_t at = best.read(most);
+    const auto least = V::set(most - 2 * slack);
+    int64_t found = 0, j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        found += V::append(V::not_below(V::load(score + j), least), static_cast<int32_t>(j), columns + found);
     }
+    if (j < count) {
+        const uint32_t through = V::not_below(V::load(score + j), least) & ((1u << (count - j)) - 1);
+        found += V::append(through, static_cast<int32_t>(j), columns + found);
+    }
+    *top = at < 0 || at >= count ? columns[0] : at;
     return found;
 }
 
@@ -131,8 +153,10 @@ void vector_add_rows(const float* rows, int64_t stride, const int32_t* index, in
         __builtin_memcpy(sum, out + j, sizeof sum);
         for (int64_t t = 0; t < count; ++t) {
             const float* row = rows + index[t] * stride + j;
+            const float* const soon = rows + index[t + AHEAD_ROWS] * stride + j;
 #pragma GCC unroll 8
             for (int part = 0; part < PARTS; ++part) {
+                if (part * LANES % 16 == 0) __builtin_prefetch(soon + part * LANES);
                 sum[part] = V::add_widened(sum[part], row + part * LANES);
             }
         }
@@ -188,8 +212,9 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 
 template <class V>
 constexpr Lines vector_lines = {
-    vector_sq_distance<V>, vector_rough_sq_distances<V>, vector_dot<V>,        vector_dots<V>,
-    vector_select<V>,      vector_add_rows<V>,           vector_add_scaled<V>, vector_combine<V>,
+    vector_sq_distance<V>, vector_sq_distances<V>, vector_rough_sq_distances<V>,
+    vector_dot<V>,         vector_dots<V>,         vector_select<V>,
+    vector_add_rows<V>,    vector_add_scaled<V>,   vector_combine<V>,
 };
 
 }  // namespace dinofast

@@ -1,4 +1,4 @@
-"""Peak extra memory of a contender's first call, in a process of its own.
+"""Peak extra memory of a contender's second call, in a process of its own: the first sets its library up.
 
 What a `Bank` holds beside its rows counts as extra, although it is prepared before the call.
 
@@ -51,6 +51,7 @@ def _main(op: str, shape: str, contender: str) -> int:
         call = next(c for c in contenders(op, shape) if c.name == contender).prepare(*args)
     if not Path("/proc/self/clear_refs").exists():
         return -1
+    call()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory of the preparation must not hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = resident("VmRSS")

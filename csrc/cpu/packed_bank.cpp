@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 #include <optional>
 
@@ -81,7 +80,7 @@ class Codes {
           norm_(allocate<float>(columns)) {}
 
     void clear(int64_t panel) {
-        std::memset(codes_ + panel * COLUMNS * bytes_, 128, static_cast<size_t>(COLUMNS * bytes_));
+        std::fill_n(codes_ + panel * COLUMNS * bytes_, COLUMNS * bytes_, uint8_t{128});
         for (int64_t c = panel * COLUMNS; c < (panel + 1) * COLUMNS; ++c) {
             scale_[c] = rest_[c] = norm_[c] = 0;
             bias_[c] = -INFINITY;

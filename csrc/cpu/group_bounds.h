@@ -41,11 +41,12 @@ class GroupBounds {
             }
         }
         tile.products(packed, directions_.get(), round_up(depth_, tile.columns), d_, none_.get(), found,
-                      width_);
+                      width_, nullptr, 0);
         for (int64_t q = first; q < last; ++q) {
             std::copy_n(found + (q - first) * width_, depth_, drawn_.get() + q * depth_);
         }
-        tile.products(packed, panels_.get(), round_up(groups, tile.columns), d_, half_.get(), found, width_);
+        tile.products(packed, panels_.get(), round_up(groups, tile.columns), d_, half_.get(), found, width_,
+                      nullptr, 0);
         for (int64_t q = first; q < last; ++q) {
             float* const row = found + (q - first) * width_;
             bound(static_cast<float>(sq_norm[q]), row, best_.get() + q * groups);

@@ -44,10 +44,13 @@ class QueryCodes {
     // 2 * (channels + 4) floats.
     void fill(int64_t i, const float* x, const float* center, float weight, float gamma, float* buffer) {
         int32_t* const out = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
-        const Quantized found =
-            int8_.quantize != nullptr && channels_ > 0
-                ? int8_.quantize(x, center, channels_, reinterpret_cast<int8_t*>(out), ROWS * Int8Tile::RUN)
-                : plainly(x, center, buffer, out);
+        Quantized found;
+        if (int8_.quantize != nullptr && channels_ > 0) {
+            int8_.quantize(&x, 1, center, channels_, nullptr, 0, reinterpret_cast<int8_t*>(out),
+                           ROWS * Int8Tile::RUN, &found);
+        } else {
+            found = plainly(x, center, buffer, out);
+        }
         scale_[i] = found.scale;
         sum_[i] = found.sum;
         error_[i] = quantization_error(found.norm, found.rest, weight, gamma);

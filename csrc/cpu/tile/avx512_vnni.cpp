@@ -132,9 +132,11 @@ struct Avx512Vnni {
         const CodedRows& row = rows[0];
         const CodedColumns& near = columns[0];
         int64_t found = 0;
+        Ahead none{nullptr, 0, 0};
         for (int64_t column = 0; column < count; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
-            panel_products(row.tile, row.sum, near.panels + column * near.quads * 4, near.quads, left, right);
+            panel_products(row.tile, row.sum, near.panels + column * near.quads * 4, near.quads, left, right,
+                           none);
             const int64_t present = count - column;
             const uint32_t valid = present < COLUMNS ? (1u << present) - 1 : 0xffffffffu;
             uint32_t through[ROWS], any = 0;

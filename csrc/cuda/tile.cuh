@@ -8,7 +8,7 @@ namespace dinofast {
 constexpr int BLOCK_ROWS = 64, BLOCK_COLUMNS = 64, BLOCK_DEPTH = 16, BLOCK_THREADS = 256, EACH = 4;
 constexpr int BLOCK_CHUNK = 512;  // channels summed into one accumulator: fewer rounding errors in long rows
 
-struct alignas(16) Panel {  // read four floats at a time
+struct alignas(16) Panel {                  // read four floats at a time
     float at[BLOCK_DEPTH][BLOCK_ROWS + 4];  // + 4: fewer bank conflicts, float4 stays aligned
 };
 

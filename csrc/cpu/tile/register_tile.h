@@ -61,7 +61,7 @@ void register_tile_write(const float* tile, const float* panels, int64_t columns
     using Float = typename V::Float;
     constexpr int LANES = V::LANES, WIDTH = 2 * LANES;
     const int64_t steps = (columns + WIDTH - 1) / WIDTH * ((d + DEPTH - 1) / DEPTH);
-    Ahead near{ahead, lines, (lines + steps - 1) / steps};
+    Ahead near{ahead, lines, steps > 0 ? (lines + steps - 1) / steps : 0};
     for (int64_t column = 0; column < columns; column += WIDTH) {
         Float left[ROWS], right[ROWS];
         register_tile_products<V, ROWS>(tile, panels + column * d, d, left, right, near);

@@ -2,14 +2,12 @@
 
 What a `Bank` holds beside its rows counts as extra, although it is prepared before the call.
 
-`python -m bench.memory cosine_max image_1024x150 dinofast` prints bytes, or -1 where it cannot be told;
-`python -m bench.memory` prints JSON of what the README says: each work, ours and the peer.
+`python -m bench.memory cosine_max image_1024x150 dinofast` prints bytes, or -1 where it cannot be told.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +16,6 @@ from bench.dpmm import step_calls
 from bench.peers import contenders
 from bench.shapes import SHAPES
 from dinofast.ops import Bank
-
-SAID = [
-    ("knn_topk", "bank_1024x100000_random", "dinofast-auto", "anomalib"),
-    ("knn_topk", "bank_1024x100000_clustered", "dinofast-auto", "anomalib"),
-    ("dpm_stats", "batch_12288x500_diag", "dinofast", "torch"),
-]
-"""Operator, size, ours, the peer."""
 
 
 def peak_extra(op: str, shape: str, contender: str) -> int | None:
@@ -65,24 +56,5 @@ def prepared_bytes(call: object) -> int:
     return sum(bank.nbytes - bank.rows.nbytes for bank in held)
 
 
-def said() -> list[dict[str, str | int | float | None]]:
-    """Measure what the README says."""
-    found: list[dict[str, str | int | float | None]] = []
-    for op, shape, ours, peer in SAID:
-        own, other = peak_extra(op, shape, ours), peak_extra(op, shape, peer)
-        ratio = round(other / own, 1) if own and other else None
-        found.append(
-            {
-                "work": f"{op} {shape}",
-                "contender": ours,
-                "peer": peer,
-                "peak_extra_bytes": own,
-                "peers_peak_extra_bytes": other,
-                "peer_takes_times": ratio,
-            }
-        )
-    return found
-
-
 if __name__ == "__main__":
-    print(_main(*sys.argv[1:]) if sys.argv[1:] else json.dumps({"memory": said()}, indent=1))
+    print(_main(*sys.argv[1:]))

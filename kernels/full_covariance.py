@@ -2,7 +2,7 @@
 
 The precision is L Lᵀ, L lower triangular, so with y = x - m the form yᵀ L Lᵀ y is at least |Tᵀ z|², for the
 last channels z of y and the last block T of L. Factors rounded to bfloat16 and float32 sums err by at most
-ERROR |z| |T| (Frobenius; Cauchy and Schwarz), ERROR = 2⁻⁸ (1 + 2⁻⁵) + (TAIL + 16) 2⁻²¹. The factor, computed
+ERROR |z| |T| (Frobenius; Cauchy and Schwarz), ERROR = 2⁻⁷ (1 + 2⁻⁵) + (TAIL + 16) 2⁻²¹. The factor, computed
 in float64, has a backward error below (D + 2) 2⁻⁵³ trace, and |y|² <= 2 |x|² + 2 |m|².
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -30,7 +30,7 @@ LIST_ROWS = 1024
 FORM_ROWS, FORM_DEPTH = 32, 32
 SHARES = 8
 """Programs that share the list of a component."""
-ERROR = tl.constexpr(2**-8 * (1 + 2**-5) + (TAIL + 16) * 2**-21)
+ERROR = tl.constexpr(2**-7 * (1 + 2**-5) + (TAIL + 16) * 2**-21)
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 

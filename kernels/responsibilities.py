@@ -1,10 +1,10 @@
 """Responsibilities of Gaussians with diagonal covariance: bf16 bounds of pairs, float64 where they matter.
 
 With u = x - c, v = m - c for the mean c of all means m: Σ λ (x - m)² = Σ λ u² - 2 Σ λ v u + Σ λ v². Of these
-`bound` computes s and t for the first two sums, from factors rounded to bfloat16. Each factor errs by 2⁻⁹ of
+`bound` computes s and t for the first two sums, from factors rounded to bfloat16. Each factor errs by 2⁻⁸ of
 itself, a sum of D terms by less than (D + 16) 2⁻²¹ of its terms' magnitudes, and those of the second sum are
 at most √(Σ λ u² Σ λ v²) (Cauchy and Schwarz). So the form errs by at most e (s + 2 √(s Σ λ v²) + Σ λ v²);
-e = 2⁻⁸ (1 + 2⁻⁵) + (D + 16) 2⁻²¹. Where factors leave the range of bfloat16, the bound is that of x = m.
+e = 2⁻⁷ (1 + 2⁻⁵) + (D + 16) 2⁻²¹. Where factors leave the range of bfloat16, the bound is that of x = m.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -320,7 +320,7 @@ class Diagonal:
         self.constants = torch.empty(k, dtype=torch.float64, device=device)
         self.spread = torch.empty(k, dtype=torch.float32, device=device)
         self.failed = torch.empty(k, dtype=torch.int32, device=device)
-        self.error = 2**-8 * (1 + 2**-5) + (d + 16) * 2**-21
+        self.error = 2**-7 * (1 + 2**-5) + (d + 16) * 2**-21
         pack[(k,)](
             means, precisions, log_weights, self.center, self.constants, self.scale, self.linear, self.spread,
             self.failed, d, *self.strides, PACK_DEPTH, **OPTIONS,

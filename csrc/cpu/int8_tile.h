@@ -53,9 +53,9 @@ struct Int8Tile {
 
     // Quantize up to ROWS rows x (d,) less the center into runs of codes, RUN bytes from row to row, `stride`
     // from run to run, 0 behind the last channel. With `units` each row is scaled first as by Tile::normalize
-    // and written there, `unit_stride` floats from row to row. The norms are rounded up. Rows whose largest
-    // channel is not between 1e-12 and 1e12 get scale 0 and, unless they are 0, infinite norms; so do rows
-    // with NaN or inf. Null with `products`.
+    // and written there, `unit_stride` floats from row to row. The norms are rounded up. Rows without a
+    // channel beyond 1e-12 get scale 0; so do those with one beyond 1e12, NaN or inf, and infinite norms.
+    // Null with `products`.
     void (*quantize)(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
                      int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found);
 };

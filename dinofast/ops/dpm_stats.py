@@ -247,6 +247,13 @@ def _samples() -> list[Sample]:
     found.append(case("strided", 66, 9, 20, "diag"))
     x, *rest = found[-1].args
     found[-1] = Sample("diag strided", (torch.cat([x, x], 1)[:, 20:], *rest))
+    up = 1 + 3 * 2**-8  # bfloat16 rounds it up by nearly 2**-8
+    x, means = torch.full((1, 64), 64 * up**0.5), torch.zeros(2, 64)
+    twins = torch.tensor([2.0**-20, up])[:, None].expand(2, 64).contiguous()
+    form = 0.5 * (x.double() ** 2 * twins - twins.double().log()).sum(1)
+    weights = torch.tensor([form[0] - form[1] - 10, 0.0], dtype=torch.float32)
+    found.append(Sample("diag rounded up", (x, means, twins, weights, "diag")))
+    found.append(Sample("full rounded up", (x, means, twins.diag_embed(), weights, "full")))
     return found
 
 

@@ -138,6 +138,11 @@ def row_samples(*counts: tuple[int, int], dims: Sequence[int] = (1, 7, 33, 130, 
     found.append(Sample("NaN and inf rows", (broken, others)))
     scales = 10.0 ** torch.linspace(-40, 37, 40)
     found.append(Sample("tiny and huge rows", (rows * scales[:, None], others)))
+    near = torch.full((512, 33), 1e-8)
+    near[:, 0] = 1
+    alike = near[:17].clone()
+    near[1::2, 5] *= 1.0000002
+    found.append(Sample("rows all but equal", (near, alike)))
     found.append(Sample("strided", (draw(66, 40)[::2, 7:], draw(140, 40)[::2, 7:])))
     found.append(Sample("transposed", (draw(33, 41).T, draw(33, 70).T)))
     return found

@@ -259,8 +259,12 @@ struct Avx512Vnni {
             const int64_t left = d - run - k;
             coder[0].write(_mm512_sub_ps(part(x, run + k, left), part(center, run + k, left)), codes + k);
         }
-        if (!usable && !(peak == 0 && square == 0)) return {0, __builtin_inff(), __builtin_inff(), 0};
         const float up = 1 + static_cast<float>(d + 64) * 0x1p-24f;
+        if (!usable) {
+            const bool small = peak <= 1e-12f && square < 1e30f;  // false for NaN
+            const float most = small ? up * peak * __builtin_sqrtf(static_cast<float>(d)) : __builtin_inff();
+            return {0, most, most, 0};
+        }
         const float rest = _mm512_reduce_add_ps(_mm512_add_ps(coder[0].rest, coder[1].rest));
         return {scale, up * __builtin_sqrtf(rest), up * __builtin_sqrtf(square),
                 _mm512_reduce_add_epi32(_mm512_add_epi32(coder[0].sum, coder[1].sum))};

@@ -10,7 +10,7 @@ from torch import Tensor
 
 LIST_ROWS = 1024
 SUM_ROWS, SUM_CHANNELS = 32, 64
-PRODUCT_ROWS, PRODUCT_CHANNELS = 16, 64
+PRODUCT_ROWS, PRODUCT_CHANNELS, SEGMENT = 16, 64, 256
 Sums = tuple[Tensor, Tensor, Tensor]
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
@@ -79,9 +79,12 @@ def moments(
 @triton.jit
 def products(
     rows, weights, index, used, second, d, row_stride, stride, again,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Sum w x xᵀ over the list of one component: a block of the lower triangle, and its mirror image."""
+    """Sum w x xᵀ over the list of one component: a block of the lower triangle, and its mirror image.
+
+    Every SEGMENT rows are summed by themselves, so that float32 errs little over long lists.
+    """
     component = tl.program_id(0)
     line = component.to(tl.int64) * stride
     if tl.program_id(2) <= tl.program_id(1):
@@ -89,13 +92,16 @@ def products(
         along = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         total = tl.zeros((CHANNELS, CHANNELS), tl.float32)
         count = tl.load(used + component)
-        for start in range(0, count, ROWS):
-            weight, row, there = load_entries(weights, index, line, start + tl.arange(0, ROWS), count)
-            place = rows + row[:, None] * row_stride
-            x = tl.load(place + down[None, :], mask=there[:, None] & (down < d)[None, :], other=0.0)
-            y = tl.load(place + along[None, :], mask=there[:, None] & (along < d)[None, :], other=0.0)
-            weighted = x.to(tl.float32) * weight[:, None]
-            total = tl.dot(tl.trans(weighted), y.to(tl.float32), total, input_precision="ieee")
+        for begin in range(0, count, SEGMENT):
+            part = tl.zeros((CHANNELS, CHANNELS), tl.float32)
+            for start in range(begin, tl.minimum(begin + SEGMENT, count), ROWS):
+                weight, row, there = load_entries(weights, index, line, start + tl.arange(0, ROWS), count)
+                place = rows + row[:, None] * row_stride
+                x = tl.load(place + down[None, :], mask=there[:, None] & (down < d)[None, :], other=0.0)
+                y = tl.load(place + along[None, :], mask=there[:, None] & (along < d)[None, :], other=0.0)
+                weighted = x.to(tl.float32) * weight[:, None]
+                part = tl.dot(tl.trans(weighted), y.to(tl.float32), part, input_precision="ieee")
+            total += part
         inside = (down < d)[:, None] & (along < d)[None, :]
         block = second + component.to(tl.int64) * d * d
         place = block + down[:, None] * d + along[None, :]
@@ -124,7 +130,7 @@ def add_up(rows: Tensor, weights: Tensor, index: Tensor, used: Tensor, sums: Sum
         blocks = triton.cdiv(d, PRODUCT_CHANNELS)
         products[(k, blocks, blocks)](
             rows, weights, index, used, second, d, rows.stride(0), stride, again,
-            PRODUCT_ROWS, PRODUCT_CHANNELS, **OPTIONS,
+            PRODUCT_ROWS, PRODUCT_CHANNELS, SEGMENT, **OPTIONS,
         )  # fmt: skip
 
 
@@ -141,6 +147,6 @@ def variants() -> list[Variant]:
             constants = {"ROWS": SUM_ROWS, "CHANNELS": SUM_CHANNELS, "SQUARES": squares}
             found.append(Variant(label, moments, signature, constants, OPTIONS))
         signature = {key: kind for key, kind in signature.items() if key != "first"}
-        constants = {"ROWS": PRODUCT_ROWS, "CHANNELS": PRODUCT_CHANNELS}
+        constants = {"ROWS": PRODUCT_ROWS, "CHANNELS": PRODUCT_CHANNELS, "SEGMENT": SEGMENT}
         found.append(Variant(f"dpm_stats.products {name}", products, signature, constants, OPTIONS))
     return found

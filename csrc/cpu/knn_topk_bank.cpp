@@ -291,8 +291,9 @@ class BankSearch {
         float best[ROWS][Candidates::MAX_K];
         for (int64_t r = 0; r < n; ++r) std::fill_n(best[r], k_, -INFINITY);
         for (int64_t h = 0; h < found; ++h) {
+            if (hits[h].row >= n) continue;
             float* const top = best[hits[h].row];
-            if (!(hits[h].score > top[0]) || hits[h].row >= n) continue;
+            if (!(hits[h].score > top[0])) continue;
             std::pop_heap(top, top + k_, std::greater<>());
             top[k_ - 1] = hits[h].score;
             std::push_heap(top, top + k_, std::greater<>());

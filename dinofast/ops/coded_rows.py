@@ -18,7 +18,7 @@ MOST_K = 64
 MOST_ROWS = 1 << 30
 MOST_D = 1 << 17  # channels whose products of codes, 127² each, cannot overflow int32
 CODED = 1 << 22  # elements that are coded at a time
-QUERIES = 8192  # that are searched at a time
+QUERIES, NEIGHBORS = 2048, 1 << 15  # at most, that are searched for at a time
 GATHERED = 1 << 16  # rows that are fetched from the host at a time
 UP = 1 + 1e-6  # above what rounding a float64 to float32 can take away
 NO_KEY = (1 << 63) - 1
@@ -201,7 +201,8 @@ class CodedRows:
         if kernels is None or shape[0] == 0 or k > MOST_K or kind == torch.float64:
             self.used = torch.full((shape[0],), m, device=self.device)
             return search_blocks(queries, self.rows, k, metric)
-        found = [self._search(kernels, block, k) for block in torch.split(queries.float(), QUERIES)]
+        blocks = torch.split(queries.float(), min(QUERIES, NEIGHBORS // k))
+        found = [self._search(kernels, block, k) for block in blocks]
         distance, index, self.used = (torch.cat(x) for x in zip(*found, strict=True))
         return distance, index
 

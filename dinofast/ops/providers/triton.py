@@ -31,6 +31,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 _MOST_NEIGHBORS = 64
 _MOST_ROWS = 1 << 30
 """Row numbers of the last, partly empty block must fit int32."""
+_MOST_COMPONENTS = 65535
+"""Programs along the second axis of a launch; what dpm_stats holds at a time is bounded up to there."""
 
 
 def on(x: Tensor) -> AbstractContextManager[object]:
@@ -176,8 +178,8 @@ def _kmeans_step(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def _refuse_dpm_stats(x: Tensor, means: Tensor, *_: object) -> str | None:
     if x.dtype not in DTYPES:
         return f"wants float32, bfloat16 or float16, got {x.dtype}"
-    if max(x.shape[0], means.shape[0]) > _MOST_ROWS:
-        return f"wants at most 2**30 rows and components, got {x.shape[0]} and {means.shape[0]}"
+    if x.shape[0] > _MOST_ROWS or means.shape[0] > _MOST_COMPONENTS:
+        return f"wants at most 2**30 rows and 65535 components, got {x.shape[0]} and {means.shape[0]}"
     return None
 
 

@@ -94,8 +94,8 @@ OPERATOR_RUNS = ("cpu-2-cores.json", "slow-2-cores.json")
 """Runs of `pytest bench/`; a group that several hold is taken from the first."""
 
 MEMORY_INTRODUCTION = (
-    "Peak extra memory of the second call in a process of its own, what a `Bank` holds beside its rows included,",
-    "from `bench/results/memory-2-cores.json`",
+    "Peak extra memory of the second call in a process of its own, what a `Bank` holds beside its rows",
+    "included, from `bench/results/memory-2-cores.json`",
     '(`pytest bench/ --memory -k "100000 or 12288 or 448 or 500_of_10000"`):',
     "",
 )

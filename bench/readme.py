@@ -1,6 +1,7 @@
 """README's tables of figures: `python -m bench.readme` rewrites them from saved runs, and nothing else does.
 
-A table stands between `<!-- NAME -->` and `<!-- end NAME -->`; what no saved run holds is left out.
+A table stands between `<!-- NAME -->` and `<!-- end NAME -->`; what no saved run holds is left out, the
+head too where no row is left.
 """
 
 from __future__ import annotations
@@ -92,17 +93,28 @@ SHARES = {
 OPERATOR_RUNS = ("cpu-2-cores.json", "slow-2-cores.json")
 """Runs of `pytest bench/`; a group that several hold is taken from the first."""
 
+MEMORY_INTRODUCTION = (
+    "Peak extra memory of the second call in a process of its own, what a `Bank` holds beside its rows",
+    "included, from `bench/results/memory-2-cores.json`",
+    '(`pytest bench/ --memory -k "100000 or 12288 or 448 or 500_of_10000"`):',
+    "",
+)
+"""Lines above the table of memory, where there is one."""
+
 
 def operators() -> Iterator[str]:
     """Give what the operators took, and how much longer their peers did in the same run."""
-    ceiling = _read(OPERATOR_RUNS[0])["machine_info"]["ceiling"]
-    yield (
-        f"Ceilings: {ceiling['flops'] / 1e9:.0f} Gop/s float32, {ceiling['int8'] / 1e9:.0f} int8, "
-        f"{ceiling['bytes'] / 1e9:.0f} GB/s."
-    )
-    yield ""
-    yield "| Work | Time | Peers | Share |"
-    yield "|---|---|---|---|"
+    if machine := _read(OPERATOR_RUNS[0]).get("machine_info"):
+        ceiling = machine["ceiling"]
+        yield (
+            f"Ceilings: {ceiling['flops'] / 1e9:.0f} Gop/s float32, {ceiling['int8'] / 1e9:.0f} int8, "
+            f"{ceiling['bytes'] / 1e9:.0f} GB/s."
+        )
+        yield ""
+    yield from _table("Work | Time | Peers | Share", _operator_rows())
+
+
+def _operator_rows() -> Iterator[str]:
     runs = _groups(*OPERATOR_RUNS)
     for work in WORKS:
         if work.group in runs:
@@ -117,8 +129,12 @@ def operators() -> Iterator[str]:
 
 def memory() -> Iterator[str]:
     """Give the peak extra memory of the operators and their peers, of a run with `--memory`."""
-    yield "| Work | dinofast | Peers |"
-    yield "|---|---|---|"
+    if rows := list(_table("Work | dinofast | Peers", _memory_rows())):
+        yield from MEMORY_INTRODUCTION
+        yield from rows
+
+
+def _memory_rows() -> Iterator[str]:
     runs = _groups("memory-2-cores.json")
     for work in WORKS:
         found = runs.get(work.group, {})
@@ -135,9 +151,12 @@ def memory() -> Iterator[str]:
 
 def demo() -> Iterator[str]:
     """Give what `dinofast demo` reached and took."""
-    yield "| Scan | Learned | Scored | Pixel AUROC | AUPR | AUPR of chance | Time a slice |"
-    yield "|---|---|---|---|---|---|---|"
-    for found in _read("demo-2-cores.json")["sets"]:
+    head = "Scan | Learned | Scored | Pixel AUROC | AUPR | AUPR of chance | Time a slice"
+    yield from _table(head, _demo_rows())
+
+
+def _demo_rows() -> Iterator[str]:
+    for found in _read("demo-2-cores.json").get("sets", []):
         evaluation = found["evaluation"]
         pixel, seconds = evaluation["pixel"], evaluation["seconds"]
         chance = pixel["n_anomalous"] / (pixel["n_anomalous"] + pixel["n_normal"])
@@ -151,9 +170,12 @@ def demo() -> Iterator[str]:
 
 def models() -> Iterator[str]:
     """Give what the models reached and took on real images."""
-    yield "| Set | Model | AUROC | AUPR | Fit | Model's share of an image | Size | Peak memory |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for run in _read("real-2-cores.json")["runs"]:
+    head = "Set | Model | AUROC | AUPR | Fit | Model's share of an image | Size | Peak memory"
+    yield from _table(head, _model_rows())
+
+
+def _model_rows() -> Iterator[str]:
+    for run in _read("real-2-cores.json").get("runs", []):
         seconds = run["seconds_per_image"]
         yield (
             f"| {run['set']} ({run['level']}) | {run['row']} | {run['auroc']:.3f} | {run['aupr']:.3f} | "
@@ -178,10 +200,10 @@ def filled(text: str) -> str:
         ValueError: a table has no marks in the text, or more than one pair.
     """
     for name, table in TABLES.items():
-        body = "\n".join(table())
+        body = "".join(f"{line}\n" for line in table())
         text, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
-            lambda marks, body=body: f"{marks[1]}{body}\n{marks[2]}",
+            lambda marks, body=body: f"{marks[1]}{body}{marks[2]}",
             text,
             flags=re.DOTALL,
         )
@@ -210,6 +232,15 @@ def milliseconds(seconds: float) -> str:
 def mebibytes(count: float) -> str:
     """Write bytes as MiB."""
     return f"{count / 2**20:.1f} MiB"
+
+
+def _table(head: str, rows: Iterator[str]) -> Iterator[str]:
+    """Give a table's lines, or none where it has no rows."""
+    for number, row in enumerate(rows):
+        if number == 0:
+            yield f"| {head} |"
+            yield "|" + "---|" * len(head.split(" | "))
+        yield row
 
 
 def _mark(facts: Facts) -> str:

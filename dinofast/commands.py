@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,8 +46,11 @@ app = typer.Typer(
 FAILED, INTERRUPTED = 1, 130
 """Exit codes: something could not be used (the message says what); Ctrl-C. Usage errors exit with 2."""
 
-_protocol_option = partial(typer.Option, rich_help_panel="With --protocol")
+PROTOCOL_PANEL = "With --protocol"
+_protocol_option = partial(typer.Option, rich_help_panel=PROTOCOL_PANEL)
 """An option that only protocols have."""
+BMAD_ONLY = ("name", "against", "masks", "labels", "map_size", "thresholds", "regions", "skip_bad")
+"""Parameters of `evaluate` that the protocol packaged has no use for."""
 
 
 class Protocol(str, Enum):
@@ -139,8 +143,21 @@ def predict(
     print(f"maps {out}")
 
 
+def _refuse(context: typer.Context, unwanted: Callable[[Any], bool], why: str) -> None:
+    """Raise BadParameter for the unwanted options that the command line names."""
+    given = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if unwanted(option) and source is not None and source.name != "DEFAULT":
+            negated = option.secondary_opts and not context.params[option.name or ""]
+            given.append((option.secondary_opts if negated else option.opts)[0])
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)}: {why}; leave it out")
+
+
 @app.command()
 def evaluate(
+    context: typer.Context,
     detector: Annotated[
         Path,
         typer.Argument(
@@ -216,16 +233,7 @@ def evaluate(
         if protocol is Protocol.packaged:
             from dinofast.packaged_command import run as run_packaged
 
-            given: dict[str, object] = {
-                "--set": name,
-                "--against": against,
-                "--masks": masks,
-                "--labels": labels,
-            }
-            given |= {"--map-size": map_size, "--thresholds": thresholds, "--skip-bad": skip_bad or None}
-            usual = {"--masks": "any", "--labels": "folder", "--map-size": "native", "--thresholds": "pixel"}
-            if unused := [option for option, value in given.items() if value != usual.get(option)]:
-                raise typer.BadParameter(f"{', '.join(unused)}: not of the protocol packaged; leave it out")
+            _refuse(context, lambda option: option.name in BMAD_ONLY, "not of the protocol packaged")
             run_packaged(str(detector), asked)
             return
         from dinofast.protocol_command import run as run_protocol
@@ -235,6 +243,11 @@ def evaluate(
             regions=regions, against=against, skip_bad=skip_bad,
         )  # fmt: skip
         return
+    _refuse(
+        context,
+        lambda option: getattr(option, "rich_help_panel", None) == PROTOCOL_PANEL,
+        "only with --protocol",
+    )
     from dinofast import data
     from dinofast.detector import Detector
     from dinofast.evaluate import evaluate as run

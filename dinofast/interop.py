@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -139,10 +140,12 @@ def call(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
 
 
 def takes_features(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method take `Features` of any library's arrays, see `call`."""
+    """Let a method take `Features` of any library's arrays, see `call`; anything else goes in as it is."""
 
     @functools.wraps(method)
     def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not any(isinstance(value, Features) for value in (*args, *kwargs.values())):
+            return method(*args, **kwargs)
         return call(method, *args, **kwargs)
 
     return taking
@@ -155,12 +158,16 @@ class TensorBatches:
         features: batches of tensors or other arrays, read once, in order.
 
     Raises:
-        InputError: one batch instead of many; while reading, see `to_tensor`.
+        InputError: one batch instead of many, or nothing that can be read; while reading, see `to_tensor`.
     """
 
     def __init__(self, features: Iterable[Features]) -> None:
         if isinstance(features, Features):
             raise InputError("expected an iterable of Features, got one batch; pass [features].")
+        if not any(hasattr(features, name) for name in ("__iter__", "__getitem__")):
+            raise InputError(
+                f"expected an iterable of Features, got {type(features).__name__}; pass a list of them."
+            )
         self._features, self._first, self._stack = features, cast(Any, None), ExitStack()
 
     def __enter__(self) -> Self:
@@ -262,17 +269,26 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str, writable: bool) -> Tenso
                 "give an array of native byte order and positive strides"
             )
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))  # torch has neither of these
-    # from_numpy warns of read-only memory, which is only read here
-    return torch.from_numpy(array) if array.flags.writeable else torch.from_dlpack(array)  # type: ignore[attr-defined]
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():  # it is only read here, and NumPy < 2.1 exports none by DLPack
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
 
 
 def _from_dlpack(array: Any, name: str, writable: bool) -> Tensor:
     kind = array.__dlpack_device__()[0]
     if kind == _ON_CPU:
         try:  # NumPy tells what is read-only, and reverses what torch ends the process at
-            return _from_numpy(np.from_dlpack(array), name, writable)
+            view = np.from_dlpack(array)
         except (RuntimeError, BufferError):  # a dtype that NumPy has not, such as bfloat16
             return torch.from_dlpack(array)  # type: ignore[attr-defined]
+        if writable and not view.flags.writeable:
+            raise InputError(
+                f"{name}: the {type(array).__name__} is read-only, or its DLPack or NumPy {np.__version__} "
+                "does not tell that it is not; give a torch tensor or a NumPy array"
+            )
+        return _from_numpy(view, name, writable)
     if kind in _ON_CUDA:
         _check_gpu(array, name)
         if any(stride < 0 for stride in getattr(array, "strides", None) or ()):

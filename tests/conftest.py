@@ -22,6 +22,10 @@ os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # without it torch refuses products on a GPU below
 
+INDETERMINATE = pytest.mark.filterwarnings(
+    "ignore:.*does not have a deterministic implementation:UserWarning"
+)
+"""What torch says of some operators on a GPU, see `_nan_filled_memory`."""
 
 collect_ignore = [] if importlib.util.find_spec("anomalib") else ["hosts"]
 """Tests in real host projects need an environment of their own: make test-hosts."""
@@ -30,8 +34,12 @@ collect_ignore = [] if importlib.util.find_spec("anomalib") else ["hosts"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests whose GPU or package index is not there, unless it was promised: then they must fail.
 
-    DINOFAST_REQUIRE_CUDA=1 and DINOFAST_REQUIRE_NETWORK=1 are the promises.
+    DINOFAST_REQUIRE_CUDA=1 and DINOFAST_REQUIRE_NETWORK=1 are the promises. Where there is a GPU, tests
+    without the marker use it too, by the device "auto".
     """
+    if torch.cuda.is_available():
+        for item in items:
+            item.add_marker(INDETERMINATE)
     absent = {}
     if not torch.cuda.is_available() and os.environ.get("DINOFAST_REQUIRE_CUDA") != "1":
         absent["needs_cuda"] = "no GPU"

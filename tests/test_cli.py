@@ -259,6 +259,29 @@ def test_a_usage_error_is_exit_code_2(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--param", "n_neighbors=9"),
+        ("--out", "x.json"),
+        ("--seed", "0"),
+        ("--masks", "any"),
+        ("--no-regions",),
+        ("--regions",),
+        ("--set", "brain", "--shots", "3"),
+    ],
+)
+def test_evaluate_refuses_options_of_protocols_without_one(
+    call: Call, detector: Path, tree: Path, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    refused = call("evaluate", detector, tree, *options)
+    assert refused.code == 2
+    named = [option for option in options if option.startswith("--")]
+    assert set(re.findall(r"--[a-z-]+(?=[,:])", refused.err)) == set(named)
+    assert "only with --protocol" in refused.err
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_evaluate_needs_both_kinds(call: Call, detector: Path, tmp_path: Path) -> None:
     save(tmp_path / "tree" / "good" / "0.png", weave(0))
     found = call("evaluate", detector, tmp_path / "tree")

@@ -304,7 +304,8 @@ def test_packaged_options_that_cannot_be(call: Call, toy: SplitSet, tmp_path: Pa
     absent = call(*args, "mvtec", "memory_bank", *LITE)
     assert absent.code == 1
     assert "packaged set 'mvtec': one of br35h, elpv-mono, lung-ct" in absent.err
-    for options in (("--masks", "255"), ("--map-size", "240"), ("--set", "brain"), ("--skip-bad",)):
+    flags = (("--skip-bad",), ("--no-regions",))
+    for options in (("--masks", "255"), ("--map-size", "240"), ("--set", "brain"), *flags):
         refused = call(*args, "br35h", "memory_bank", *LITE, *options)
         assert refused.code == 2
         assert f"{options[0]}: not of the protocol packaged" in refused.err

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from dinofast import drop_in
 from dinofast.drop_in.fastkmeans import FastKMeans
 from dinofast.drop_in.flash_kmeans import batch_kmeans_Euclid
 from dinofast.errors import InputError
@@ -65,11 +69,16 @@ def test_a_tolerance_ends_before_the_move():
         (lambda: batch_kmeans_Euclid(torch.ones(1, 3, 2), 0), "at least 1, got 0 and 100"),
         (lambda: batch_kmeans_Euclid(torch.ones(1, 3, 2), 2, init_centroids=torch.ones(1, 1, 2)), "must be"),
         (lambda: batch_kmeans_Euclid(torch.full((1, 3, 2), torch.nan), 2), "holds NaN"),
-        (lambda: FastKMeans(2, 0), "at least 1, got 2, 0, 25 and 256"),
+        (lambda: FastKMeans(2, 0), "at least 1, got 2, 0, 25 and 1000000000"),
         (lambda: FastKMeans(2, 4).train(torch.ones(3, 2)), "wants 4 finite rows or more, got 3"),
         (lambda: FastKMeans(2, 1).train(torch.full((3, 2), torch.nan)), "or NaN"),
         (lambda: FastKMeans(2, 1).predict(torch.ones(3, 2)), "call train first"),
         (lambda: FastKMeans(3, 1).train(torch.ones(3, 2)), r"must be \(N, 3\)"),
+        (lambda: FastKMeans(2, 1, nredo=9), "nredo must be 1, got 9"),
+        (lambda: FastKMeans(2, 1).train([[1, 2], [3]]), "data: no array of numbers"),
+        (lambda: FastKMeans(2, 1).train(torch.ones(3, 2) * 1j), "data must be real numbers"),
+        (lambda: FastKMeans(2, 1).train(np.full((3, 2), 1e300)), "or NaN or infinity"),
+        (lambda: batch_kmeans_Euclid(torch.ones(1, 3, 2), 1, backend="nonsense"), "triton, cute, torch, got"),
     ],
 )
 def test_what_cannot_be_clustered_is_named(call, message):
@@ -94,3 +103,60 @@ def test_fast_kmeans_restarts_empty_clusters_and_trains_on_a_share():
     assert all(len(np.unique(assigned(rows, c))) == 6 for c in found)
     few = FastKMeans(6, 2, niter=1, max_points_per_centroid=3, seed=1).fit(blobs(6))
     assert not np.allclose(few.centroids, FastKMeans(6, 2, niter=1, seed=1).fit(blobs(6)).centroids)
+
+
+@pytest.mark.parametrize("more", [{"spherical": True}, {"init_centroids": None}, {"typo": 1}])
+def test_fast_kmeans_has_no_other_arguments_than_its_host(more):
+    with pytest.raises(TypeError, match=next(iter(more))):
+        FastKMeans(2, 1, **more)
+    with pytest.raises(TypeError):
+        FastKMeans(2, 1).train(np.ones((3, 2), np.float32), None)
+
+
+def test_fast_kmeans_takes_its_hosts_positions_and_trains_in_place():
+    options = (7, 8, "cpu", torch.float16, False, True, 1, False)
+    kmeans = FastKMeans(6, 4, 5, 0.0, False, 3, None, *options)
+    assert (kmeans.max_points_per_centroid, kmeans.chunk_size_data, kmeans.use_triton) == (None, 7, False)
+    assert kmeans.train(blobs(7)) is None
+    assert kmeans.fit(blobs(7)) is kmeans
+    np.testing.assert_array_equal(kmeans.centroids, FastKMeans(6, 4, 5, 0.0, seed=3).fit(blobs(7)).centroids)
+
+
+KINDS = {
+    "float64": lambda rows: rows.astype(np.float64),
+    "integers": lambda rows: rows.astype(np.int16),
+    "tensor": lambda rows: torch.from_numpy(rows).double(),
+    "lists": lambda rows: rows.tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_any_kind_are_clustered_as_float32(kind):
+    rows = blobs(8).round()
+    given = KINDS[kind](rows)
+    kmeans, expected = FastKMeans(6, 4).fit(given), FastKMeans(6, 4).fit(rows)
+    np.testing.assert_array_equal(kmeans.centroids, expected.centroids)
+    np.testing.assert_array_equal(kmeans.predict(given), expected.predict(rows))
+    given = given[None] if hasattr(given, "shape") else [given]
+    lists = kind == "lists"
+    start = None if lists else given[:, :4]
+    ids, centers, made = batch_kmeans_Euclid(given, 4, 9, init_centroids=start)
+    start = None if lists else rows[None, :4]
+    wanted = batch_kmeans_Euclid(rows[None], 4, 9, init_centroids=start)
+    np.testing.assert_array_equal(ids, wanted[0])
+    np.testing.assert_array_equal(centers, wanted[1])
+    assert made == wanted[2]
+    assert str(centers.dtype).endswith("64" if kind in ("float64", "tensor") else "32")
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "stands_in"),
+    [("fastkmeans", "FastKMeans", FastKMeans), ("flash_kmeans", "batch_kmeans_Euclid", batch_kmeans_Euclid)],
+)
+def test_a_host_is_patched_for_a_block(host, name, stands_in):
+    before = sys.modules.get(host)
+    with drop_in.patch(host):
+        assert getattr(importlib.import_module(host), name) is stands_in
+        with pytest.raises(ImportError):
+            importlib.import_module(f"{host}.contrib")
+    assert sys.modules.get(host) is before

@@ -14,6 +14,8 @@ NEEDS = {  # packages without which a script is skipped, largest difference
     "anomalib_models.py": (("anomalib", "torchvision", "timm"), 1e-5),
     "anomalydino.py": (("faiss", "cv2", "scipy"), 1e-5),
     "faiss_search.py": (("faiss",), 1e-3),
+    "fastkmeans_clusters.py": (("fastkmeans",), 1e-3),
+    "flash_kmeans_batch.py": (("flash_kmeans",), 1e-3),
     "patchcore.py": (("faiss",), 1e-3),
     "sklearn_neighbors.py": (("sklearn",), 1e-3),
 }
@@ -45,8 +47,18 @@ def test_example_agrees_with_its_host(script):
     assert "dinofast" in done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("anomalib") is not None, reason="anomalib is installed")
-def test_without_the_host_an_example_says_how_to_set_it_up():
-    done = run("anomalib_models.py")
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [
+        ("anomalib_models.py", "make test-hosts"),
+        ("fastkmeans_clusters.py", "pip install fastkmeans"),
+        ("flash_kmeans_batch.py", "pip install flash-kmeans"),
+    ],
+)
+def test_without_the_host_an_example_says_how_to_set_it_up(script, how):
+    host = NEEDS[script][0][0]
+    if importlib.util.find_spec(host) is not None:
+        pytest.skip(f"{host} is installed")
+    done = run(script)
     assert done.returncode == 1
-    assert "make test-hosts" in done.stderr
+    assert how in done.stderr

@@ -46,6 +46,38 @@ def test_read_only_numpy_is_shared_without_a_warning():
         assert to_tensor(array).data_ptr() == array.__array_interface__["data"][0]
 
 
+class Old(np.ndarray):
+    """An array of NumPy < 2.1, which exports no read-only memory."""
+
+    def __dlpack__(self, *args, **options):
+        raise BufferError("Cannot export readonly array since signalling readonly is unsupported by DLPack.")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0,), ()])
+def test_read_only_memory_does_not_go_through_dlpack(shape):
+    array = read_only(np.ones(shape, np.float32).view(Old))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = to_tensor(array)
+    assert found.shape == shape
+    assert found.data_ptr() == address(array) or not array.size
+    assert bool((found == 1).all())
+
+
+class Silent(Foreign):
+    """What DLPack without versions hands over: NumPy takes it for read-only."""
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__()
+
+
+def test_a_library_that_does_not_tell_what_is_writable_is_not_called_read_only():
+    array = Silent(np.ones(3, np.float32))
+    assert to_tensor(array).tolist() == [1, 1, 1]
+    with pytest.raises(InputError, match=r"out: the Silent is read-only, or its DLPack .*does not tell"):
+        to_tensor(array, "out", writable=True)
+
+
 @pytest.mark.parametrize(
     "array", [np.arange(6.0)[::-1], np.arange(6, dtype=">f4")], ids=["reversed", "swapped"]
 )
@@ -131,7 +163,7 @@ class OnDevice(Foreign):
 def test_dlpack_of_the_host_keeps_what_its_library_promises():
     array = read_only(np.arange(6, dtype=np.float32))
     assert to_tensor(Foreign(array)).data_ptr() == address(array)
-    with pytest.raises(InputError, match="out: the array is read-only"):
+    with pytest.raises(InputError, match="out: the Foreign is read-only"):
         to_tensor(Foreign(array), "out", writable=True)
     backwards = np.arange(6.0)[::-1]  # from which torch itself would end the process
     np.testing.assert_array_equal(to_tensor(Foreign(backwards)).numpy(), backwards)

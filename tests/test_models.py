@@ -247,6 +247,7 @@ FAILURES = {
     "NaN": (lambda: [normal(), nan_batch()], InputError, "2 of 288 patches hold NaN or infinite .*float16"),
     "D": (lambda: [normal(), normal(d=D + 1)], InputError, "D differs between batches, 16 and 17"),
     "one batch": (normal, InputError, r"iterable of Features, got one batch; pass \[features\]"),
+    "no batches": (lambda: 5, InputError, "expected an iterable of Features, got int"),
     "a tensor": (lambda: [normal().tensor], InputError, "expected dinofast.Features, got Tensor"),
     "integers": (lambda: [Features(torch.ones(1, 2, 2, D).long(), None, SIZE)], InputError, "floating-point"),
     "no grid": (lambda: [Features(torch.ones(1, 0, 2, D), None, SIZE)], InputError, "no patches"),
@@ -287,6 +288,14 @@ def test_scoring_refuses_other_d_and_nan(make):
         model.score(normal(d=D + 1))
     with pytest.raises(InputError, match="2 of 288 patches hold NaN"):
         model.score(nan_batch())
+
+
+def test_scoring_names_the_type_that_it_was_given(make):
+    model = make().fit([normal()])
+    with pytest.raises(InputError, match=r"expected dinofast\.Features, got ndarray"):
+        model.score(normal().tensor.numpy())
+    with pytest.raises(InputError, match=r"expected dinofast\.Features, got int"):
+        model.patch_scores(features=5)
 
 
 def test_device_mismatch_names_both_and_the_remedy(make):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -130,19 +131,43 @@ def test_bad_questions(saved: Path, tmp_path: Path, lite0: Backbone) -> None:
         dinofast.plan(saved, (96, 96), backbone=other)
 
 
-def test_workspaces_are_told_without_values() -> None:
-    x, y = torch.empty(1024, 384, device="meta"), torch.empty(100_000, 384, device="meta")
-    map = torch.empty(2, 32, 32, device="meta")
-    told = {
-        device: (
-            OPS["cosine_max"].workspace(device, x, y),
-            OPS["knn_topk"].workspace(device, x, y, 3, "cosine"),
-            OPS["upsample_blur"].workspace(device, map, [448, 448], 4.0, "bilinear", "reflect"),
-        )
-        for device in ("cpu", "cuda")
-    }
-    assert all(0 < size < 32 * MIB for sizes in told.values() for size in sizes)
-    assert told["cpu"][2] == 4 * 2 * 32 * 448
+def rows(n: int) -> torch.Tensor:
+    return torch.empty(n, 384, device="meta")
+
+
+@pytest.mark.parametrize(("n", "m"), [(1024, 100_000), (50_000, 100_000), (50_000, 400_000)])
+def test_searches_on_a_gpu_take_what_is_told_without_values(n: int, m: int) -> None:
+    launchers = pytest.importorskip("dinofast.kernels.knn_topk")
+    tiles = pytest.importorskip("dinofast.kernels.cosine_max")
+
+    def parts(launcher: Any, block: int) -> int:
+        """Into how many the columns are split, of whole blocks, so that there are programs enough."""
+        columns = math.ceil(m / launcher.COLUMNS)
+        most = max(1, min(launcher.SPLITS, columns, launcher.PROGRAMS // math.ceil(n / block)))
+        return math.ceil(columns / math.ceil(columns / most))
+
+    factors = 2 * 4 * (n + m)
+    best = parts(tiles, tiles.ROWS) * n * (4 + 4)
+    assert 1 <= OPS["cosine_max"].workspace("cuda", rows(n), rows(m)) / (best + factors) < 1.5
+    for k, slots in ((1, 1), (3, 4), (64, 64)):
+        keys = parts(launchers, launchers.ROWS_AND_DEPTH[torch.float32][0]) * n * slots * 8
+        told = OPS["knn_topk"].workspace("cuda", rows(n), rows(m), k, "cosine")
+        assert 1 <= told / (keys + factors) < 4
+
+
+def test_searches_on_a_cpu_take_a_block_of_columns() -> None:
+    few, many, more = (OPS["cosine_max"].workspace("cpu", rows(1024), rows(m)) for m in (150, 4150, 10**6))
+    assert 1 <= (many - few) / (4000 * 384 * (4 + 4 + 1)) < 1.2  # packed, at unit length, as codes
+    assert many < more < 32 * MIB
+    assert OPS["cosine_max"].workspace("cpu", rows(1024), rows(10**7)) == more
+    assert OPS["knn_topk"].workspace("cpu", rows(1024), rows(10**6), 3, "cosine") == more + 8 * 1024 * 384
+
+
+def test_maps_take_rows_that_are_still_to_be_combined() -> None:
+    for b, h, width in ((5, 32, 448), (1, 28, 640)):
+        asked = torch.empty(b, h, h, device="meta"), [448, width], 4.0, "bilinear", "reflect"
+        assert OPS["upsample_blur"].workspace("cuda", *asked) == b * h * width * 4
+        assert OPS["upsample_blur"].workspace("cpu", *asked) == 2 * h * width * 4
 
 
 def test_the_command(saved: Path) -> None:

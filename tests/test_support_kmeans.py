@@ -284,12 +284,29 @@ def test_missing_class_tokens_and_intensity_name_the_remedy():
         model.score(features(tokens, cls, None))
 
 
+def test_scoring_looks_at_class_tokens_once(monkeypatch):
+    tokens, cls, gray = scenes(2)
+    model = SupportKMeans().fit([features(tokens, cls, gray)])
+    batch, looked, isfinite = features(tokens, cls, gray), [], torch.Tensor.isfinite
+
+    def counted(tensor):
+        looked.append(tensor.shape == batch.cls.shape)
+        return isfinite(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", counted)
+    model.score(batch)
+    assert sum(looked) == 1
+
+
 def test_broken_class_tokens_and_intensity_are_refused():
     tokens, cls, gray = scenes(2)
     model = SupportKMeans().fit([features(tokens, cls, gray)])
-    for wrong in (cls * np.nan, cls[:1], cls[0]):
-        with pytest.raises(InputError, match="class tokens must be finite, one row for each of 2 images"):
-            model.score(features(tokens, wrong, gray))
+    for use in (model.score, model.patch_scores, model.match, lambda batch: SupportKMeans().fit([batch])):
+        for wrong in (cls[:1], cls[0]):
+            with pytest.raises(InputError, match="class tokens must be one row for each of 2 images"):
+                use(features(tokens, wrong, gray))
+        with pytest.raises(InputError, match="class tokens hold NaN or infinite values"):
+            use(features(tokens, cls * np.nan, gray))
     for wrong in (gray - 1, gray + 1, gray * np.nan, gray[:, :3]):
         with pytest.raises(InputError, match=r"intensity must be \(2, 9, 8\) with values in \[0, 1\]"):
             model.score(features(tokens, cls, wrong))

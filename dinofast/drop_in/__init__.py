@@ -12,8 +12,14 @@ from dinofast.errors import InputError
 
 __all__ = ["patch"]
 
-REPLACED = {"faiss": "dinofast.drop_in.faiss"}
+REPLACED = {
+    "faiss": "dinofast.drop_in.faiss",
+    "fastkmeans": "dinofast.drop_in.fastkmeans",
+    "flash_kmeans": "dinofast.drop_in.flash_kmeans",
+}
 """Module that hosts import -> the one that stands in for it."""
+PARTS = {"faiss": ("contrib", "contrib.torch_utils")}
+"""Modules below it that hosts import for what the stand-in does anyway: they are empty."""
 
 
 @contextmanager
@@ -21,8 +27,9 @@ def patch(host: str) -> Iterator[ModuleType]:
     """Let a host's unmodified code run on dinofast inside a `with` block.
 
     "faiss": `import faiss` gives `dinofast.drop_in.faiss`, whether faiss is installed or not, and
-    `import faiss.contrib.torch_utils` finds nothing to do, as tensors go in anyway. Code that has imported
-    the real module before keeps it. Leaving the block brings everything back.
+    `import faiss.contrib.torch_utils` finds nothing to do, as tensors go in anyway. "fastkmeans" gives the
+    class `FastKMeans`, "flash_kmeans" the function `batch_kmeans_Euclid` alone. Code that has imported the
+    real module before keeps it. Leaving the block brings everything back.
 
     Args:
         host: one of the names above.
@@ -44,7 +51,7 @@ def patch(host: str) -> Iterator[ModuleType]:
     before = {name: m for name, m in sys.modules.items() if name == host or name.startswith(host + ".")}
     for name in before:
         del sys.modules[name]
-    empty = {f"{host}.{name}": ModuleType(f"{host}.{name}") for name in ("contrib", "contrib.torch_utils")}
+    empty = {f"{host}.{name}": ModuleType(f"{host}.{name}") for name in PARTS.get(host, ())}
     sys.modules.update({host: module, **empty})
     try:
         yield module

@@ -20,6 +20,7 @@ from torch import Tensor
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.interop import TensorBatches, takes_features
+from dinofast.models.tokens import check_finite_cls
 from dinofast.types import Features, Scores
 
 if TYPE_CHECKING:
@@ -308,8 +309,8 @@ class Model(ABC):
 
     def _check_class_tokens(self, features: Features) -> None:
         """Raise InputError for NaN or infinite class tokens of a model that needs them."""
-        if self.wants_cls and features.cls is not None and not bool(features.cls.isfinite().all()):
-            raise InputError("class tokens hold NaN or infinite values; look for NaN in the images.")
+        if self.wants_cls and features.cls is not None:
+            check_finite_cls(features.cls)
 
     def _scores(self, features: Features) -> Scores:
         """Score checked images; a model whose image score takes more than patch scores replaces this."""

@@ -223,6 +223,9 @@ class SupportKMeans(Model):
         if len(features):
             self._check_values(features)
 
+    def _check_class_tokens(self, features: Features) -> None:
+        """Do nothing: `_check_queries` looks at them, as patches are scored by them too."""
+
     def _check_values(self, features: Features) -> None:
         """Raise InputError for class tokens or intensities that cannot be used."""
         if self.match_descriptor == "cls":

@@ -51,7 +51,16 @@ def check_class_tokens(features: Features) -> None:
         InputError: there are none, not one row for each image, or NaN or infinite ones.
     """
     cls, b = class_tokens(features), len(features)
-    if cls.dim() != 2 or cls.shape[0] != b or not bool(cls.isfinite().all()):
-        raise InputError(
-            f"class tokens must be finite, one row for each of {b} images, got {tuple(cls.shape)}"
-        )
+    if cls.dim() != 2 or cls.shape[0] != b:
+        raise InputError(f"class tokens must be one row for each of {b} images, got {tuple(cls.shape)}")
+    check_finite_cls(cls)
+
+
+def check_finite_cls(cls: Tensor) -> None:
+    """Refuse class tokens of any shape that hold NaN or infinity; waits for the device.
+
+    Raises:
+        InputError: NaN or infinite ones.
+    """
+    if not bool(cls.isfinite().all()):
+        raise InputError("class tokens hold NaN or infinite values; look for NaN in the images.")

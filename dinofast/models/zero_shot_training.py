@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dinofast.errors import ArtifactError, InputError
 from dinofast.models import zero_shot_maps as maps
 from dinofast.models.feature_store import FeatureStore
+from dinofast.models.tokens import check_finite_cls
 from dinofast.types import Features
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def finite_cls(features: Features) -> Tensor:
         InputError: see `check_cls`; NaN or infinite ones.
     """
     cls = check_cls(features)
-    if not bool(cls.isfinite().all()):
-        raise InputError("class tokens hold NaN or infinite values; look for NaN in the images.")
+    check_finite_cls(cls)
     return cls
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinofast.capture.path import Path
 from dinofast.capture.recorder import Recorder, Recording
-from dinofast.errors import InputError
 from dinofast.imaging import RGB
 from dinofast.ops.registry import keeping
 
@@ -122,20 +119,3 @@ def _finish(slots: list[_Slot], *held: object) -> None:
     for slot in slots:
         if slot.fetch is not None:
             slot.fetch()
-
-
-def as_size(size: Any) -> tuple[int, int]:
-    """Read (H, W), numbers of Python or NumPy.
-
-    Raises:
-        InputError: not two whole numbers, each at least 1.
-    """
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(_is_whole, size)):
-        raise InputError(f"a size is (H, W) of the images as they are read, two whole numbers, got {size!r}")
-    if min(size) < 1:
-        raise InputError(f"a size is (H, W), each at least 1, got {tuple(size)}")
-    return int(size[0]), int(size[1])
-
-
-def _is_whole(number: object) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -14,12 +14,12 @@ from torch.nn import Parameter
 from dinofast import data
 from dinofast.backbone import Backbone
 from dinofast.calibrate import Threshold, marked
-from dinofast.capture.bucket import Bucket, Results, as_size
+from dinofast.capture.bucket import Bucket, Results
 from dinofast.capture.path import Path
 from dinofast.capture.recorder import CudaRecorder, Recorder
 from dinofast.data import Sample
 from dinofast.errors import InputError
-from dinofast.imaging import RGB
+from dinofast.imaging import RGB, as_size
 from dinofast.models.base import Model
 from dinofast.types import Prediction
 

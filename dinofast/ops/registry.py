@@ -270,7 +270,7 @@ def kept(cached: T) -> T:
     found = _KEEPING.get()
     if found is not None:
         found.append(cached)
-    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         _HELD[id(cached)] = cached
     return cached
 

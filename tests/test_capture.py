@@ -25,9 +25,16 @@ from dinofast.errors import InputError, KernelError
 from dinofast.text_vectors import TextVectors
 from dinofast.types import Prediction
 
-pytestmark = pytest.mark.skipif(
-    "cpu" in ops.MISSING, reason="without native kernels searches of a memory bank wait and are not captured"
+needs_native = pytest.mark.skipif(
+    "cpu" in ops.MISSING,
+    reason="without native kernels a search other than for the largest cosine waits",
 )
+SEARCHED = ("patchcore", "support_kmeans")
+CAPTURED = [
+    pytest.param(name, marks=[needs_native] * (name in SEARCHED))
+    for name in models.names()
+    if name != "zero_shot"
+]
 
 NORMAL = [weave(i) for i in range(4)]
 IMAGES = [spoiled(i) for i in range(20, 29)]
@@ -62,13 +69,14 @@ def close(found: list[Prediction], expected: list[Prediction], atol: float = 1e-
 # Equality with predict
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if name != "zero_shot"])
+@pytest.mark.parametrize("name", CAPTURED)
 def test_a_capture_gives_the_bits_of_predict(lite0: Backbone, name: str) -> None:
     detector = Detector(lite0, models.create(name, **SMALL.get(name, {}))).fit(NORMAL)
     captured = detector.capture((96, 96), batch=3, recorder=Lanes())
     same(list(captured.predict(IMAGES)), list(detector.predict(IMAGES, batch_size=3)))
 
 
+@needs_native
 def test_real_slices_and_thresholds(lite0: Backbone) -> None:
     brain = data.demo.load("brain")
     detector = Detector(lite0, "patchcore").fit(brain.fit)
@@ -86,7 +94,7 @@ def test_real_slices_and_thresholds(lite0: Backbone) -> None:
     assert [p.is_anomalous for p in found] == [p.is_anomalous for p in expected]
 
 
-@pytest.mark.parametrize("model", ["support_kmeans", "zero_shot"])
+@pytest.mark.parametrize("model", [pytest.param("support_kmeans", marks=needs_native), "zero_shot"])
 def test_class_tokens_and_gray_are_on_the_path(model: str, tmp_path: File) -> None:
     dino = backbone.load("random:dinov2-small", device="cpu", size=70, layers=(2, 11))
     params: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from dinofast import ops
 from dinofast.errors import InputError, KernelError
 from dinofast.ops import registry
 from dinofast.ops.registry import OPS, Kernel, choose, provide
+from dinofast.ops.upsample_blur import resample
 
 ARGS = (torch.eye(3), torch.eye(3))
 
@@ -151,3 +152,13 @@ def test_the_reference_keeps_its_weights_too():
     with registry.keeping() as held, ops.backend("reference"):
         ops.upsample_blur(torch.ones(1, 3, 4), (31, 29), sigma=1.5)
     assert [tuple(x.shape) for x in held] == [(31, 3), (29, 4)]
+
+
+def test_weights_first_used_for_inference_serve_gradients():
+    map = torch.rand(1, 3, 4)
+    with torch.inference_mode():
+        expected = resample(map, (23, 37), 1.5, "bilinear", "reflect")
+    found = resample(map.requires_grad_(), (23, 37), 1.5, "bilinear", "reflect")
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert map.grad.sum().item() == pytest.approx(23 * 37, rel=1e-5)

@@ -153,8 +153,10 @@ def resample(map: Tensor, size: Sequence[int], sigma: float, mode: str, boundary
     Returns:
         (B, H, W), of the dtype of `map`; differentiable.
     """
+    # what a tracer makes is its own: not for the cache, nor from it
+    make = _placed if type(map) is Tensor else _placed.__wrapped__
     rows, columns = (
-        kept(_placed(int(source), int(target), sigma, mode, boundary, map.dtype, map.device))
+        kept(make(int(source), int(target), sigma, mode, boundary, map.dtype, map.device))
         for source, target in zip(map.shape[1:], size, strict=True)
     )
     pixels = rows @ torch.where(map.isfinite(), map, 0) @ columns.T

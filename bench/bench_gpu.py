@@ -81,6 +81,7 @@ def bench_gpu_path(benchmark: BenchmarkFixture, name: str, dtype: str, compile: 
         "compiled_backbone": compile,
         "graph_seconds": times.graph,
         "largest_difference": difference,
+        "peak_extra_bytes": times.peak_extra,
     }
     how = "compiled backbone" if compile else "plain backbone"
     print(

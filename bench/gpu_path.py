@@ -61,6 +61,7 @@ def measure(name: str, dtype: str, compile: bool) -> tuple[gpu.Times, float]:
     assert difference <= TOLERANCE * float(eager.abs().max()), (
         f"{name}: replayed maps differ by {difference:.3g}"
     )
+    peak = gpu._peak_extra(lambda: path(rgb))
     samples = gpu._samples(lambda: path(rgb))
     replayed = statistics.median(gpu._samples(recording.replay))
-    return gpu.Times(statistics.median(samples), samples, replayed, ""), difference
+    return gpu.Times(statistics.median(samples), samples, replayed, "", peak), difference

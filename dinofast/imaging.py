@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,20 @@ def digest(image: RGB) -> bytes:
     found = hashlib.blake2b(str(image.shape).encode(), digest_size=HASH_BYTES)
     found.update(np.ascontiguousarray(image).data)
     return found.digest()
+
+
+def as_size(size: Any) -> tuple[int, int]:
+    """Read (H, W), numbers of Python or NumPy.
+
+    Raises:
+        InputError: not two whole numbers, each at least 1.
+    """
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(_is_whole, size)):
+        raise InputError(f"a size is (H, W) of the images as they are read, two whole numbers, got {size!r}")
+    if min(size) < 1:
+        raise InputError(f"a size is (H, W), each at least 1, got {tuple(size)}")
+    return int(size[0]), int(size[1])
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinofast.backbone import load
+from dinofast.backbone import compiled, load
 from dinofast.backbone.compiled import LEAST_COSINE, MODES, lowest_cosine, probe
 from dinofast.errors import BackboneError, InputError
 
@@ -32,6 +33,7 @@ class StandIn:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, stand_in: StandIn) -> StandIn:
+    monkeypatch.setattr(compiled, "TENSORRT_DEVICES", ("cpu", "cuda"))
     monkeypatch.setitem(sys.modules, "torch_tensorrt", SimpleNamespace(compile=stand_in.compile))
     return stand_in
 
@@ -96,8 +98,39 @@ def test_the_lowest_cosine_is_that_of_the_worst_token() -> None:
 
 
 def test_tensorrt_is_named_with_its_extra_when_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "TENSORRT_DEVICES", ("cpu", "cuda"))
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(BackboneError, match=r"needs torch_tensorrt .*pip install 'dinofast\[tensorrt\]'"):
+        load(NAME, device="cpu", size=70, compile="tensorrt")
+
+
+def test_tensorrt_whose_library_is_missing_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, StandIn())
+
+    def broken(name: str) -> Any:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(BackboneError, match=r"needs torch_tensorrt \(libnvinfer.*choose compile='default'"):
+        compiled.Engines(torch.nn.Identity())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unsupported"), KeyError("node"), TypeError("dtype")])
+def test_whatever_the_compiler_raises_has_a_remedy(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    stand_in = use(monkeypatch, StandIn())
+
+    def fail(network: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(sys.modules["torch_tensorrt"], "compile", fail)
+    words = rf"cannot build an engine .*\({type(error).__name__}: .*choose compile='default'"
+    with pytest.raises(BackboneError, match=words):
+        load(NAME, device="cpu", size=70, compile="tensorrt")
+    assert not stand_in.asked
+
+
+def test_tensorrt_on_a_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="compile='tensorrt' needs an NVIDIA GPU, and the device is cpu"):
         load(NAME, device="cpu", size=70, compile="tensorrt")
 
 

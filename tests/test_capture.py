@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path as File
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +21,20 @@ from dinofast import Detector, backbone, data, models, ops
 from dinofast.backbone import Backbone
 from dinofast.capture import CudaRecorder
 from dinofast.data.sample import Sample
-from dinofast.errors import InputError
+from dinofast.errors import InputError, KernelError
 from dinofast.text_vectors import TextVectors
 from dinofast.types import Prediction
+
+needs_native = pytest.mark.skipif(
+    "cpu" in ops.MISSING,
+    reason="without native kernels a search other than for the largest cosine waits",
+)
+SEARCHED = ("patchcore", "support_kmeans")
+CAPTURED = [
+    pytest.param(name, marks=[needs_native] * (name in SEARCHED))
+    for name in models.names()
+    if name != "zero_shot"
+]
 
 NORMAL = [weave(i) for i in range(4)]
 IMAGES = [spoiled(i) for i in range(20, 29)]
@@ -54,13 +69,14 @@ def close(found: list[Prediction], expected: list[Prediction], atol: float = 1e-
 # Equality with predict
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if name != "zero_shot"])
+@pytest.mark.parametrize("name", CAPTURED)
 def test_a_capture_gives_the_bits_of_predict(lite0: Backbone, name: str) -> None:
     detector = Detector(lite0, models.create(name, **SMALL.get(name, {}))).fit(NORMAL)
     captured = detector.capture((96, 96), batch=3, recorder=Lanes())
     same(list(captured.predict(IMAGES)), list(detector.predict(IMAGES, batch_size=3)))
 
 
+@needs_native
 def test_real_slices_and_thresholds(lite0: Backbone) -> None:
     brain = data.demo.load("brain")
     detector = Detector(lite0, "patchcore").fit(brain.fit)
@@ -78,7 +94,7 @@ def test_real_slices_and_thresholds(lite0: Backbone) -> None:
     assert [p.is_anomalous for p in found] == [p.is_anomalous for p in expected]
 
 
-@pytest.mark.parametrize("model", ["support_kmeans", "zero_shot"])
+@pytest.mark.parametrize("model", [pytest.param("support_kmeans", marks=needs_native), "zero_shot"])
 def test_class_tokens_and_gray_are_on_the_path(model: str, tmp_path: File) -> None:
     dino = backbone.load("random:dinov2-small", device="cpu", size=70, layers=(2, 11))
     params: dict[str, Any] = {}
@@ -193,6 +209,11 @@ def test_maps_come_at_the_size_of_the_image_not_of_the_pixels(fitted: Detector) 
     [
         ((96, 96), 0, "batch must be a whole number, at least 1, got 0"),
         ((96, 0), 1, r"a size is \(H, W\), each at least 1, got \(96, 0\)"),
+        (
+            (96, True),
+            1,
+            r"a size is \(H, W\) of the images as they are read, two whole numbers, got \(96, True",
+        ),
         (96, 1, r"a size is \(H, W\) of the images as they are read, two whole numbers, got 96"),
         ([(96, 96), (1, 2, 3)], 1, r"two whole numbers, got \(1, 2, 3\)"),
         ((8, 96), 1, "8x96 pixels: smaller than one patch of 16x16"),
@@ -202,6 +223,12 @@ def test_sizes_that_cannot_be(fitted: Detector, size: Any, batch: int, words: st
     recorder = Lanes()
     with pytest.raises(InputError, match=words):
         fitted.capture(size, batch, recorder=recorder)
+
+
+def test_sizes_may_be_numbers_of_numpy(fitted: Detector) -> None:
+    captured = fitted.capture((np.int64(96), np.int32(96)), recorder=Lanes())
+    assert captured.sizes == ((96, 96),)
+    assert len(list(captured.predict(IMAGES[:1]))) == 1
 
 
 # Bad images
@@ -252,6 +279,41 @@ def test_progress_is_told(fitted: Detector) -> None:
     assert told == [("predict", i, 3) for i in range(4)]
 
 
+def test_bad_images_of_other_sizes_are_passed_over_and_read_once(fitted: Detector) -> None:
+    reads: list[str] = []
+
+    def sample(name: str, image: Any) -> Sample:
+        return Sample(name, lambda: (reads.append(name), image)[1])
+
+    captured = fitted.capture((96, 96), recorder=Lanes())
+    images = [
+        sample("own", IMAGES[0]),
+        sample("small", IMAGES[0][:8]),
+        sample("other", weave(1, (100, 96))),
+        sample("last", IMAGES[1]),
+    ]
+    found = list(captured.predict(images, other_sizes="eager", skip_bad=True))
+    assert [p.source for p in found] == ["own", "other", "last"]
+    assert reads == ["own", "small", "other", "last"]
+    running = captured.predict(images, other_sizes="eager")
+    assert next(running).source == "own"
+    with pytest.raises(InputError, match="small: 8x96 pixels: smaller than one patch"):
+        next(running)
+
+
+def test_class_tokens_that_the_model_does_not_read_may_be_nan() -> None:
+    dino = backbone.load("random:dinov2-small", device="cpu", size=70)
+    detector = Detector(dino).fit(NORMAL)
+    handle = dino.network.register_forward_hook(
+        lambda module, args, result: (result[0], torch.nan * result[1])
+    )
+    try:
+        captured = detector.capture((96, 96), recorder=Lanes())
+        same(list(captured.predict(IMAGES[:2])), list(detector.predict(IMAGES[:2], batch_size=1)))
+    finally:
+        handle.remove()
+
+
 # What ends a capture
 
 
@@ -273,7 +335,7 @@ def test_learning_or_loading_ends_it(lite0: Backbone) -> None:
         with pytest.raises(InputError, match=r"after it was captured, and .* call capture again"):
             captured.predict(IMAGES)
         with pytest.raises(InputError, match="call capture again"):
-            list(running)
+            next(running)
         (again,) = detector.capture((96, 96), recorder=Lanes()).predict(IMAGES[0])
         same([again], list(detector.predict(IMAGES[0])))
 
@@ -285,6 +347,71 @@ def test_another_precision_ends_it() -> None:
     own.to(torch.bfloat16)
     with pytest.raises(InputError, match="moved its backbone, or changed its precision"):
         captured.predict(IMAGES)
+
+
+def test_another_preprocessing_ends_it() -> None:
+    own = backbone.load("efficientnet-lite0", size=96, device="cpu")
+    detector = Detector(own).fit(NORMAL)
+    captured = detector.capture((96, 96), recorder=Lanes())
+    running = captured.predict(IMAGES)
+    next(running)
+    own.preprocess = backbone.Preprocess(128, own.patch_size)
+    for call in (lambda: captured.predict(IMAGES), lambda: next(running)):
+        with pytest.raises(InputError, match="got another preprocessing after it was captured"):
+            call()
+
+
+def test_nothing_of_a_batch_comes_after_the_detector_learned(fitted: Detector) -> None:
+    captured = fitted.capture((96, 96), batch=4, recorder=Lanes())
+    running = captured.predict(IMAGES[:8])
+    next(running)
+    fitted.fit(IMAGES[:2])
+    with pytest.raises(InputError, match="learned or loaded something else"):
+        next(running)
+
+
+def test_images_of_other_sizes_are_not_scored_by_what_was_learned_later(fitted: Detector) -> None:
+    captured = fitted.capture((96, 96), recorder=Lanes())
+    running = captured.predict([IMAGES[0], weave(1, (100, 96))], other_sizes="eager")
+    next(running)
+    fitted.fit(IMAGES[:2])
+    with pytest.raises(InputError, match="learned or loaded something else"):
+        next(running)
+
+
+def test_thresholds_are_those_of_the_start_of_a_batch(fitted: Detector) -> None:
+    captured = fitted.capture((96, 96), batch=2, recorder=Lanes())
+    running = captured.predict(IMAGES[:8])
+    found = [next(running)]
+    fitted.calibrate(NORMAL, cross_fit=2, level="image", fpr=0.4)
+    found += list(running)
+    assert [p.is_anomalous is None for p in found] == [True] * 4 + [False] * 4  # two batches had been started
+
+
+def test_a_batch_walks_through_the_modules_once(fitted: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = fitted.capture((96, 96), batch=4, recorder=Lanes())
+    walks: list[int] = []
+    whole = Backbone.parameters
+    counted = lambda self, recurse=True: (walks.append(1), whole(self, recurse))[1]  # noqa: E731
+    running = captured.predict(IMAGES[:8])
+    monkeypatch.setattr(fitted.backbone, "parameters", counted.__get__(fitted.backbone))
+    assert len(list(running)) == 8
+    assert len(walks) == 2
+
+
+def test_a_capture_that_is_dropped_waits_for_its_work(fitted: Detector) -> None:
+    recorder = Lanes()
+    step, recorder._step = recorder._step, lambda: False  # type: ignore[method-assign]
+    captured = fitted.capture((96, 96), recorder=recorder)
+    bucket = captured._buckets[96, 96]
+    bucket.submit([IMAGES[0]])
+    assert "wait" not in recorder.events
+    recorder._step = step  # type: ignore[method-assign]
+    gone = weakref.ref(bucket._recording.outputs[0])
+    del captured, bucket
+    assert recorder.events[-1] == "wait"
+    assert not any(recorder._lanes.values())
+    assert gone() is None
 
 
 # What cannot be captured
@@ -341,6 +468,51 @@ def test_modes_with_graphs_of_their_own_are_refused(mode: str) -> None:
 def test_without_a_gpu_the_remedy_is_named(fitted: Detector) -> None:
     with pytest.raises(InputError, match=r"is on cpu; load its backbone with device='cuda'.*or call predict"):
         fitted.capture((96, 96))
+
+
+# Recording, by a stand-in for torch.cuda
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        (RuntimeError("no\nsuch"), RuntimeError("ended"), r"graph \(no; then ended\); call predict"),
+        (KeyError(), RuntimeError(), r"graph \(KeyError; then RuntimeError\); call predict"),
+        (RuntimeError(" "), None, r"graph \(RuntimeError\); call predict"),
+    ],
+)
+def test_a_recording_that_fails_says_why_and_leaves_its_stream(
+    monkeypatch: pytest.MonkeyPatch, first: Exception, then: Exception | None, words: str
+) -> None:
+    streams = ["the caller's"]
+
+    @contextmanager
+    def graph(*_: Any) -> Iterator[None]:
+        streams.append("compute")
+        try:
+            yield
+        finally:
+            if then is not None:
+                raise then
+        streams.pop()
+
+    def fail(*_: Any) -> Any:
+        raise first
+
+    for name, stand_in in {
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+        "synchronize": lambda device: None,
+        "device": lambda device: nullcontext(),
+        "graph": graph,
+        "current_stream": lambda device: streams[-1],
+        "set_stream": streams.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recorder = object.__new__(CudaRecorder)
+    recorder._device, recorder._pool, recorder._compute = torch.device("cuda"), None, None  # type: ignore[assignment]
+    with pytest.raises(KernelError, match=words):
+        recorder.record(fail, ())
+    assert streams[-1] == "the caller's"
 
 
 # On a GPU

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 TABLE = Path(__file__).parents[1] / "bench/results/triton-aot.json"
@@ -76,7 +75,6 @@ sys.exit(__main__.main())
 INTERPRETED = """
 import sys
 import warnings
-import torch
 warnings.filterwarnings("ignore", "(invalid value|overflow) encountered")  # numpy, on the broken rows
 from dinofast import ops
 from dinofast.errors import KernelError
@@ -293,7 +291,6 @@ for outside in (-1, 300):
 
 
 BLOCKS = """
-import torch
 from dinofast.kernels.resample import blocks
 from dinofast.ops.providers.triton import _axis
 from dinofast.ops.upsample_blur import resample_weights
@@ -323,15 +320,3 @@ def test_the_interpreter_agrees_with_the_reference(name):
     run = run_python("-W", "error", "-c", INTERPRETED + OPERATORS[name], TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith("checked"), run.stdout + run.stderr
-
-
-def test_weights_whose_addresses_a_captured_graph_holds_are_kept(monkeypatch):
-    from dinofast.ops.providers import triton as offers
-
-    weights = object(), object()
-    monkeypatch.setattr(offers, "_CAPTURED", set())
-    monkeypatch.setattr(offers, "_copied_axes", lambda *_: weights)
-    for capturing, kept in ((False, set()), (True, {weights})):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert offers._axes((2, 2), (4, 4), 0.0, "bilinear", "reflect", torch.device("cuda")) is weights
-        assert kept == offers._CAPTURED

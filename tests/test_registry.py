@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import weakref
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -12,6 +13,7 @@ from dinofast import ops
 from dinofast.errors import InputError, KernelError
 from dinofast.ops import registry
 from dinofast.ops.registry import OPS, Kernel, choose, provide
+from dinofast.ops.upsample_blur import resample
 
 ARGS = (torch.eye(3), torch.eye(3))
 
@@ -124,3 +126,39 @@ def test_importing_dinofast_does_not_import_torch():
         "import dinofast, sys; assert 'torch' not in sys.modules; dinofast.ops; assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_weights_live_as_long_as_a_graph_that_reads_them(monkeypatch, capturing):
+    class Weights:
+        pass
+
+    monkeypatch.setattr(registry, "_HELD", {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    own, foreign = Weights(), Weights()
+    with registry.keeping() as held:
+        assert registry.kept(own) is own
+    assert registry.kept(foreign) is foreign
+    assert registry.kept(foreign) is foreign
+    assert held == [own]
+    assert list(registry._HELD.values()) == [foreign] * capturing
+    gone = weakref.ref(own)
+    del own, held
+    assert gone() is None
+
+
+def test_the_reference_keeps_its_weights_too():
+    with registry.keeping() as held, ops.backend("reference"):
+        ops.upsample_blur(torch.ones(1, 3, 4), (31, 29), sigma=1.5)
+    assert [tuple(x.shape) for x in held] == [(31, 3), (29, 4)]
+
+
+def test_weights_first_used_for_inference_serve_gradients():
+    map = torch.rand(1, 3, 4)
+    with torch.inference_mode():
+        expected = resample(map, (23, 37), 1.5, "bilinear", "reflect")
+    found = resample(map.requires_grad_(), (23, 37), 1.5, "bilinear", "reflect")
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert map.grad.sum().item() == pytest.approx(23 * 37, rel=1e-5)

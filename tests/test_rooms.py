@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "detector": LEAVES
     | {"artifact", "backbone", "calibrate", "capture", "cross_fit", "data", "imaging", "models", "progress"}
     | {"stream"},
-    "memory_plan": LEAVES | {"artifact", "backbone", "models", "ops"},
+    "memory_plan": LEAVES | {"artifact", "backbone", "imaging", "models", "ops"},
     "figures": LEAVES,
     "report": LEAVES | {"figures"},
     "evaluate": LEAVES | {"data", "detector", "metrics", "progress"},

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from dinofast.backbone import hub, official
+from dinofast.backbone import compiled, hub, official
 from dinofast.backbone.compiled import MODES, TENSORRT
 from dinofast.backbone.core import Backbone
 from dinofast.backbone.efficientnet import EfficientNetLite0
@@ -29,10 +29,11 @@ from dinofast.backbone.preprocess import Preprocess, Size
 from dinofast.backbone.vision import PositionResampling, VisionTransformer, fingerprint
 from dinofast.errors import BackboneError, InputError
 
-__all__ = ["Backbone", "Preprocess", "load"]
+__all__ = ["DTYPES", "Backbone", "Preprocess", "load"]
 
 _log = logging.getLogger("dinofast")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a network may compute in."""
 _DINOV3_LICENSE = "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license)"
 
 
@@ -86,7 +87,7 @@ def load(
     """
     device = _device(device)
     mode = _compile_mode(compile, device)
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: choose torch.float32, torch.bfloat16 or torch.float16")
     source, reason = os.fspath(name_or_path), "asked for"
     if source == "auto":
@@ -143,6 +144,11 @@ def _compile_mode(compile: bool | str | None, device: torch.device) -> str | Non
         return "default" if compile else None
     if compile not in MODES:
         raise InputError(f"compile={compile!r}: choose True, False, None or one of {', '.join(MODES)}")
+    if compile == TENSORRT and device.type not in compiled.TENSORRT_DEVICES:
+        raise InputError(
+            f"compile='tensorrt' needs an NVIDIA GPU, and the device is {device}; choose device='cuda' on a "
+            "machine with one, or compile='default'."
+        )
     return compile
 
 

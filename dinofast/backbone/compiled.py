@@ -20,6 +20,7 @@ OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that record CUDA graphs: the next result is written over the last."""
 
 TENSORRT = "tensorrt"
+TENSORRT_DEVICES = ("cuda",)
 MODES = ("default", *OWN_GRAPHS, TENSORRT)
 LEAST_COSINE = 0.999
 """Of every token of an engine with the same token of the network."""
@@ -47,13 +48,13 @@ class Engines:
         network: from pixels and a position table to patch tokens and class tokens or None.
 
     Raises:
-        BackboneError: torch_tensorrt is not installed.
+        BackboneError: torch_tensorrt is not installed, or one of its libraries is missing.
     """
 
     def __init__(self, network: nn.Module) -> None:
         try:
             self._tensorrt: Any = importlib.import_module("torch_tensorrt")
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # a shared library may be missing behind it
             raise BackboneError(
                 f"compile='tensorrt' needs torch_tensorrt ({error}): pip install 'dinofast[tensorrt]' on a "
                 "machine with an NVIDIA GPU, or choose compile='default'."
@@ -66,7 +67,8 @@ class Engines:
         """Run the engine of these shapes.
 
         Raises:
-            BackboneError: its features do not agree with the network's; it names the smallest cosine.
+            BackboneError: it cannot be built, or its features do not agree with the network's; then the
+                smallest cosine is named.
         """
         key = (pixels.shape, position.shape, pixels.dtype, pixels.device)
         if key not in self._engines:
@@ -75,9 +77,15 @@ class Engines:
 
     def _built(self, pixels: Tensor, position: Tensor) -> Call:
         given = probe(tuple(pixels.shape)).to(pixels.device, pixels.dtype)
-        engine: Call = self._tensorrt.compile(
-            self._network, ir="dynamo", arg_inputs=[given, position], use_explicit_typing=True
-        )
+        try:
+            engine: Call = self._tensorrt.compile(
+                self._network, ir="dynamo", arg_inputs=[given, position], use_explicit_typing=True
+            )
+        except Exception as error:  # whatever a compiler may raise
+            raise BackboneError(
+                f"TensorRT cannot build an engine for pixels {tuple(pixels.shape)} {pixels.dtype} "
+                f"({type(error).__name__}: {error}); choose compile='default'."
+            ) from error
         lowest = lowest_cosine(engine(given, position), self._network(given, position))
         if not lowest >= LEAST_COSINE:
             raise BackboneError(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinofast.capture.path import Path
-from dinofast.capture.recorder import Recorder
-from dinofast.errors import InputError
+from dinofast.capture.recorder import Recorder, Recording
 from dinofast.imaging import RGB
 from dinofast.ops.registry import keeping
 
@@ -45,7 +44,7 @@ class Bucket:
         with recorder.aside():
             path(self._input)
             path.check(self._input)
-        with keeping() as self._kept:
+        with keeping() as kept:
             self._recording = recorder.record(path, (self._input,))
         self._slots = [
             _Slot(
@@ -56,6 +55,8 @@ class Bucket:
             for _ in range(2)
         ]
         self._turn = 0
+        # whatever the device still reads or writes lives until it is done
+        weakref.finalize(self, _finish, self._slots, self._input, self._recording, kept).atexit = False
 
     def submit(self, images: Sequence[RGB]) -> Callable[[], Results]:
         """Start on up to `batch` resized images; the places of others keep what they held.
@@ -74,7 +75,8 @@ class Bucket:
         for place, image in enumerate(images):
             held[place] = image
         copied = recorder.copy(slot.staged, slot.host)
-        done = recorder.run(lambda: self._replay(slot), after=copied)
+        fed, recording = self._input, self._recording  # the work must not hold the bucket
+        done = recorder.run(lambda: _replay(slot, fed, recording), after=copied)
         found: list[Results] = []
 
         def fetch() -> Results:
@@ -86,12 +88,6 @@ class Bucket:
 
         slot.fetch = fetch
         return fetch
-
-    def _replay(self, slot: _Slot) -> None:
-        self._input.copy_(slot.staged)
-        self._recording.replay()
-        for target, source in zip(slot.results, self._recording.outputs, strict=True):
-            target.copy_(source, non_blocking=True)
 
 
 @dataclass
@@ -111,14 +107,15 @@ class _Slot:
     fetch: Callable[[], Results] | None = None
 
 
-def as_size(size: Any) -> tuple[int, int]:
-    """Read (H, W).
+def _replay(slot: _Slot, fed: Tensor, recording: Recording) -> None:
+    fed.copy_(slot.staged)
+    recording.replay()
+    for target, source in zip(slot.results, recording.outputs, strict=True):
+        target.copy_(source, non_blocking=True)
 
-    Raises:
-        InputError: not two whole numbers, each at least 1.
-    """
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(n, int) for n in size):
-        raise InputError(f"a size is (H, W) of the images as they are read, two whole numbers, got {size!r}")
-    if min(size) < 1:
-        raise InputError(f"a size is (H, W), each at least 1, got {tuple(size)}")
-    return size[0], size[1]
+
+def _finish(slots: list[_Slot], *held: object) -> None:
+    """Wait for what was started and not taken out; `held` is what that uses."""
+    for slot in slots:
+        if slot.fetch is not None:
+            slot.fetch()

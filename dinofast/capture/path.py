@@ -50,8 +50,8 @@ class Path:
             rgb: what `Preprocess.resized` gave of each, (B, H', W', 3), uint8, on the device.
 
         Returns:
-            Image scores (B,), maps (B, H, W), float32, and how many tokens of each image are NaN or infinite,
-            (B,), int64.
+            Image scores (B,), maps (B, H, W), float32, and how many tokens that the model reads are NaN or
+            infinite of each image, (B,), int64.
         """
         return self._scored(self._features(rgb))
 
@@ -87,4 +87,5 @@ class Path:
     @torch.no_grad()
     def _scored(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
         scores = self._model.score_unseen(features)
-        return scores.score, scores.map, broken_tokens(features)
+        judged = features if self._model.wants_cls else replace(features, cls=None)
+        return scores.score, scores.map, broken_tokens(judged)

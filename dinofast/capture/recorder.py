@@ -93,22 +93,27 @@ class CudaRecorder:
     def aside(self) -> Iterator[None]:
         """Switch to the stream of computation, behind what the current one was given."""
         self._compute.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.device(self._device), torch.cuda.stream(self._compute):
-            yield
-        self._compute.synchronize()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._compute):
+                yield
+        finally:
+            self._compute.synchronize()
 
     def record(self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> Recording:
         """Record a CUDA graph; its intermediate memory is shared with earlier ones."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._compute):
-                outputs = function(*inputs)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise KernelError(
-                f"this path cannot be recorded in a CUDA graph ({reason}); call predict instead."
-            ) from error
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream(self._device)
+            try:
+                with torch.cuda.graph(graph, self._pool, self._compute):
+                    outputs = function(*inputs)
+            except RuntimeError as error:
+                raise KernelError(
+                    f"this path cannot be recorded in a CUDA graph ({_reason(error)}); call predict instead."
+                ) from error
+            finally:  # ending a recording that failed raises before it leaves its stream
+                torch.cuda.set_stream(before)
         return Recording(outputs, graph.replay)
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
@@ -129,3 +134,9 @@ class CudaRecorder:
     def wait(self, mark: torch.cuda.Event) -> None:
         """Wait for an event."""
         mark.synchronize()
+
+
+def _reason(error: BaseException) -> str:
+    """Tell what failed first and what that led to, the first line of each."""
+    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return told if error.__context__ is None else f"{_reason(error.__context__)}; then {told}"

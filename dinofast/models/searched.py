@@ -11,6 +11,7 @@ from dinofast.errors import InputError
 from dinofast.models.base import Model
 from dinofast.ops import Bank, providers
 from dinofast.ops.bank import FEW
+from dinofast.ops.bank_forms import form_bytes
 
 _LOG = logging.getLogger("dinofast.models")
 
@@ -19,11 +20,10 @@ class SearchedModel(Model):
     """Base of models whose state holds the rows `bank` (M, D), which their queries are compared with.
 
     From 4096 rows on, the first search on the CPU prepares a `dinofast.ops.Bank` beside the rows, which later
-    searches use until the rows change. It takes up to M · (D + 141) bytes more, for codes and outlines, and
-    what pads the groups of rows: of 20000 clustered rows 2.9 · M · D at D = 64, 1.8 at 384, 1.6 at 768.
-    It changes no bit of the results, and is neither copied nor saved. Rows that it
-    cannot take are searched as they are, slower, which is logged once. Rows that were made under
-    `torch.inference_mode` must not be changed in place: that goes unnoticed.
+    searches use until the rows change. It takes up to M · (D + 140) bytes more, for codes and outlines, what
+    pads the groups of rows, and their centroids: `prepared_bytes`. It changes no bit of the results, and is
+    neither copied nor saved. Rows that it cannot take are searched as they are, slower, which is logged once.
+    Rows that were made under `torch.inference_mode` must not be changed in place: that goes unnoticed.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class SearchedModel(Model):
         return self.state()["bank"]
 
     def prepared_bytes(self, device: str) -> int:
-        """Tell the bytes of a prepared bank, padding of its groups as on clustered rows."""
+        """Tell the bytes of a prepared bank beside the rows, at most."""
         m, d = self.bank.shape
         if device != "cpu" or m < FEW or providers.no_codes(d):
             return 0
-        return m * (3 * d // 2 + 125)
+        return form_bytes(m, d)
 
     def _searched(self, metric: str) -> Tensor | Bank:
         """Give the rows for `knn_topk` by one metric, prepared where that pays."""

@@ -14,6 +14,11 @@ DIRECTIONS = 96  # of an outline
 SAMPLE = 2048  # rows that these are found from
 
 
+def group_count(m: int) -> int:
+    """Give how many groups M rows get, at most."""
+    return max(1, min(2 * int(m**0.5), m // 64, 4096))
+
+
 def group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Group rows by k-means: centroids (G, D), radius (G,), group of each row (M,).
 
@@ -23,10 +28,9 @@ def group(rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     References:
         Bahmani et al., "Scalable k-means++", VLDB 2012, arXiv 1203.6402.
     """
-    m = rows.shape[0]
-    count = max(1, min(2 * int(m**0.5), m // 64, 4096))
+    count = group_count(rows.shape[0])
     generator = torch.Generator().manual_seed(seed)
-    sample = rows[torch.randperm(m, generator=generator)[: 32 * count]]
+    sample = rows[torch.randperm(len(rows), generator=generator)[: 32 * count]]
     centroids = sample[: count // 2 or 1].clone()
     for _ in range(ROUNDS):
         distance, group = (x[:, 0] for x in knn_rows(sample, centroids, 1, "sqeuclidean"))
@@ -49,6 +53,11 @@ def _means(rows: Tensor, group: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(size > 0, total / size.clamp_min(1), centroids)
 
 
+def _depth(d: int) -> int:
+    """Give the directions of an outline of D channels."""
+    return min(DIRECTIONS, d // 8 * 4)
+
+
 def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
     """Find the directions (D, H) in which rows vary most, level after level, and a bound on their skew.
 
@@ -56,7 +65,7 @@ def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
     would make the steps of all codes coarse.
     """
     m, d = rows.shape
-    depth = min(DIRECTIONS, d // 8 * 4)
+    depth = _depth(d)
     sample = rows[:: max(1, m // SAMPLE)][:SAMPLE].double() - center
     narrow = d <= len(sample)
     _, vectors = torch.linalg.eigh(sample.T @ sample if narrow else sample @ sample.T)
@@ -103,3 +112,14 @@ def pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None
         ]
     providers.quantize_bank(packed, metric)
     return packed
+
+
+def form_bytes(m: int, d: int) -> int:
+    """Tell the bytes that the forms of M grouped rows take beside the rows, at most.
+
+    Each group is padded by all but one column of a panel; rows that are not grouped take less.
+    """
+    groups, depth, width = group_count(m), _depth(d), providers.int8_columns()
+    columns = (m + groups * (width - 1)) // width * width
+    column = 4 * ((d + 3) // 4) + 4 * outline_quads(depth) + 44  # codes, and 4 + 6 numbers and a row number
+    return columns * column + 4 * (groups * (d + 1) + d * (1 + depth) + 4) + 8 * (groups + 1)

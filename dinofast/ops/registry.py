@@ -34,6 +34,7 @@ MISSING: dict[str, str] = {}
 _LIBRARY: Any = cast(Any, torch.library.Library)("dinofast", "DEF")
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
 _KEEPING: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("dinofast_kept", default=None)
+_HELD: dict[int, object] = {}
 _LOG = logging.getLogger("dinofast.ops")
 
 
@@ -251,7 +252,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def keeping() -> Iterator[list[object]]:
-    """Collect what the kernels inside read from caches, for who records them and must keep it alive."""
+    """Collect what the kernels inside read from caches, for who records them and keeps it as long as that."""
     found: list[object] = []
     token = _KEEPING.set(found)
     try:
@@ -261,10 +262,16 @@ def keeping() -> Iterator[list[object]]:
 
 
 def kept(cached: T) -> T:
-    """Pass on what a cache of device memory gave, so that `keeping` sees it; a cache may let go of it."""
+    """Pass on what a cache of device memory gave; a cache may let go of it, a recorded graph may not.
+
+    Inside `keeping`, the block's owner decides how long it lives. Elsewhere, what a graph of the caller's own
+    reads is held for good: nobody tells when that graph is gone.
+    """
     found = _KEEPING.get()
     if found is not None:
         found.append(cached)
+    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        _HELD[id(cached)] = cached
     return cached
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinofast.ops.registry import Cost, Sample, define
+from dinofast.ops.registry import Cost, Sample, define, kept
 from dinofast.ops.rows import require, result_dtype
 
 MODES = ("bilinear", "nearest")
@@ -153,12 +153,10 @@ def resample(map: Tensor, size: Sequence[int], sigma: float, mode: str, boundary
     Returns:
         (B, H, W), of the dtype of `map`; differentiable.
     """
+    # what a tracer makes is its own: not for the cache, nor from it
+    make = _placed if type(map) is Tensor else _placed.__wrapped__
     rows, columns = (
-        torch.tensor(
-            resample_matrix(int(source), int(target), sigma, mode, boundary),
-            dtype=map.dtype,
-            device=map.device,
-        )
+        kept(make(int(source), int(target), sigma, mode, boundary, map.dtype, map.device))
         for source, target in zip(map.shape[1:], size, strict=True)
     )
     pixels = rows @ torch.where(map.isfinite(), map, 0) @ columns.T
@@ -167,6 +165,15 @@ def resample(map: Tensor, size: Sequence[int], sigma: float, mode: str, boundary
         broken = (map.isnan() | (map == infinity)).to(map.dtype)
         pixels = pixels + torch.where(touches_rows @ broken @ touches_columns.T > 0, infinity, 0)
     return pixels
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what a gradient needs must be no tensor of inference
+def _placed(
+    source: int, target: int, sigma: float, mode: str, boundary: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Give `resample_matrix` on a device; it is read only."""
+    return torch.tensor(resample_matrix(source, target, sigma, mode, boundary), dtype=dtype, device=device)
 
 
 def _reference(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> Tensor:

@@ -68,24 +68,11 @@ def _knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tenso
     return distance, index
 
 
-_CAPTURED: set[tuple[Axis, Axis]] = set()
-"""Weights whose addresses CUDA graphs hold: never let go."""
-
-
+@lru_cache(maxsize=64)
 def _axes(
     grid: tuple[int, int], size: tuple[int, int], sigma: float, mode: str, boundary: str, device: torch.device
 ) -> tuple[Axis, Axis]:
-    """Give the weights of rows and columns on the device, the last 64 from memory."""
-    found = _copied_axes(grid, size, sigma, mode, boundary, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.add(found)
-    return found
-
-
-@lru_cache(maxsize=64)
-def _copied_axes(
-    grid: tuple[int, int], size: tuple[int, int], sigma: float, mode: str, boundary: str, device: torch.device
-) -> tuple[Axis, Axis]:
+    """Give the weights of rows and columns on the device."""
     pairs = zip(grid, size, strict=True)
     rows, columns = (
         _axis(resample_weights(source, target, sigma, mode, boundary)[0], device) for source, target in pairs

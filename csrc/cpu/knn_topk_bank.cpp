@@ -164,10 +164,11 @@ class BankSearch {
         for (int64_t i = begin; i < end; ++i) tell(i, {0, bank_.columns, 0}, visited);
     }
 
-    // Columns first .. first + columns against a tile of n queries, a number or a QueryTile.
+    // Columns first .. first + columns against a tile of n queries, a number or a QueryTile. With `wanted`,
+    // one panel, and a bit for every column that a query wants.
     template <class TileOfQueries>
     void scan(const TileOfQueries& tile, const int64_t* queries, int64_t n, int64_t first, int64_t columns,
-              Candidates& candidates, Hit* hits, float* buffer) {
+              Candidates& candidates, Hit* hits, float* buffer, const uint32_t* wanted = nullptr) {
         float threshold[ROWS];
         for (int64_t r = 0; r < ROWS; ++r) threshold[r] = r < n ? candidates.threshold(queries[r]) : INFINITY;
         const int64_t found =
@@ -175,6 +176,7 @@ class BankSearch {
         for (int64_t h = 0; h < found; ++h) {
             const int64_t column = first + hits[h].column;
             if (hits[h].row >= n || bank_.index[column] < 0) continue;
+            if (wanted != nullptr && (wanted[hits[h].row] >> hits[h].column & 1) == 0) continue;
             candidates.offer(queries[hits[h].row], hits[h].score, bank_.error[column], bank_.index[column],
                              measure_, bank_.rows, buffer);
         }
@@ -257,18 +259,18 @@ class BankSearch {
             float limits[ROWS];
             for (int64_t r = 0; r < n; ++r) limits[r] = candidates.limit(queries[r]);
             int64_t found = drawn.sift(first, std::min(group_, end - first), limits, hits);
-            const int64_t dense =
-                fresh ? ROWS * COLUMNS + 1 : DENSE;  // a scan would meet those decided again
             if (fresh) found = start(queries, n, first, hits, found, candidates, buffer, compared, block);
             fresh = false;
             for (int64_t h = 0, next; h < found; h = next) {
                 const int64_t panel = hits[h].column / COLUMNS;
                 for (next = h + 1; next < found && hits[next].column / COLUMNS == panel;) ++next;
-                if (next - h >= dense) {
+                if (next - h >= DENSE) {
                     if (!ready) codes_.gather(queries, n, whole);
                     ready = true;
+                    uint32_t wanted[ROWS] = {};  // not those that are decided already
+                    for (; h < next; ++h) wanted[hits[h].row] |= 1u << hits[h].column % COLUMNS;
                     scan(whole, queries, n, first + panel * COLUMNS, COLUMNS, candidates,
-                         hits + ROWS * group_, buffer);
+                         hits + ROWS * group_, buffer, wanted);
                     for (int64_t r = 0; r < n; ++r) compared[block[r]][1] += COLUMNS;
                     continue;
                 }

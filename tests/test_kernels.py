@@ -75,6 +75,7 @@ sys.exit(__main__.main())
 INTERPRETED = """
 import sys
 import warnings
+import torch
 warnings.filterwarnings("ignore", "(invalid value|overflow) encountered")  # numpy, on the broken rows
 from dinofast import ops
 from dinofast.errors import KernelError
@@ -291,6 +292,7 @@ for outside in (-1, 300):
 
 
 BLOCKS = """
+import torch
 from dinofast.kernels.resample import blocks
 from dinofast.ops.providers.triton import _axis
 from dinofast.ops.upsample_blur import resample_weights

@@ -29,7 +29,7 @@ from dinofast.backbone.preprocess import Preprocess, Size
 from dinofast.backbone.vision import PositionResampling, VisionTransformer, fingerprint
 from dinofast.errors import BackboneError, InputError
 
-__all__ = ["DTYPES", "Backbone", "Preprocess", "load"]
+__all__ = ["Backbone", "Preprocess", "load"]
 
 _log = logging.getLogger("dinofast")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -262,5 +262,16 @@ def test_more_rows_than_native_row_numbers_hold_are_refused():
     [kernel] = [k for k in ops.OPS["kmeans_step"].kernels if k.backend == "cpu"]
     assert kernel.refuse(few, few) is None
     assert "wants float32, bfloat16 or float16" in kernel.refuse(few.double(), few.double())
-    assert "fewer than 2**31 rows, got 2147483648 and 3 centers" in kernel.refuse(many, few)
-    assert "fewer than 2**31 rows, got 3 and 2147483648 centers" in kernel.refuse(few, many)
+    assert "fewer than 2**31 rows, got 2147483648 and 3" in kernel.refuse(many, few)
+    assert "fewer than 2**31 rows, got 3 and 2147483648" in kernel.refuse(few, many)
+
+
+@needs_int8
+def test_rows_next_to_the_center_find_the_nearest_column():
+    """Where a row has no codes, a norm that is only bounded would set the limit for columns too high."""
+    columns = torch.zeros(4, 64)
+    columns[0, 0], columns[1, 1] = 1.8e-12, 2e-12
+    columns[2:] = -columns[:2]  # so that their mean, the center, is zero
+    rows = 0.4 * columns[1].repeat(13, 1)
+    index = assert_screens_agree(ops.kmeans_step, rows, columns)[0]
+    assert index.tolist() == [1] * 13

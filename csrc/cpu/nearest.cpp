@@ -240,11 +240,11 @@ bool Nearest::prepare_row(int64_t slot, int64_t r, const float* x, Screen screen
         mine.offset[at] = (1 - center_square_ - found.norm * found.norm) / 2;
     } else {
         mine.norm[at] = 2;  // of a product of unit rows, and more
-        if (what_ == Value::sq_distance) {
-            const double square = tile_.lines.sq_distance(x, center_.get(), d_);
-            mine.norm[at] = static_cast<float>((1 + gamma_) * std::sqrt(square));
-        }
         mine.rest[at] = 0;
+    }
+    if (what_ == Value::sq_distance && mine.scale[at] == 0) {  // not measured, or only bounded
+        const double square = tile_.lines.sq_distance(x, center_.get(), d_);
+        mine.norm[at] = static_cast<float>((1 + gamma_) * std::sqrt(square));
     }
     if (what_ == Value::sq_distance && !(mine.norm[at] < HUGE_NORM)) {
         mine.norm[at] = INFINITY;

@@ -21,7 +21,7 @@ from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
 from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED, check_numbers
 from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
-from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_cosine_max
+from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_dtype, refuse_rows
 from dinofast.ops.registry import MISSING, Kernel, forced_backend, provide
 from dinofast.ops.rows import normalize_rows, require
 from dinofast.ops.upsample_blur import Weights, resample_weights
@@ -59,29 +59,15 @@ def instruction_set() -> str:
 def _refuse_cosine_map(
     features: Tensor, prototypes: Tensor, size: list[int], mask: Tensor | None
 ) -> str | None:
-    if features.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {features.dtype}"
     if max(features[..., 0].numel(), prototypes.shape[0]) >= 1 << 31:
         return f"wants fewer than 2**31 patches and prototypes, got {features[..., 0].numel()}"
-    return None
-
-
-def _refuse_first(x: Tensor, *_: object) -> str | None:
-    return None if x.dtype in DTYPES else f"wants float32, bfloat16 or float16, got {x.dtype}"
-
-
-def _refuse_kmeans_step(rows: Tensor, centers: Tensor) -> str | None:
-    if rows.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {rows.dtype}"
-    if max(rows.shape[0], centers.shape[0]) >= 1 << 31:
-        return f"wants fewer than 2**31 rows, got {rows.shape[0]} and {centers.shape[0]} centers"
-    return None
+    return refuse_dtype(features)
 
 
 def _refuse_dpm_stats(x: Tensor, means: Tensor, *others: Tensor | str) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {x.dtype}"
-    return None if means.shape[0] < 1 << 31 else f"wants fewer than 2**31 components, got {means.shape[0]}"
+    if means.shape[0] >= 1 << 31:
+        return f"wants fewer than 2**31 components, got {means.shape[0]}"
+    return refuse_dtype(x)
 
 
 try:
@@ -115,14 +101,10 @@ else:
         )
         return similarity, index
 
-    provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, refuse_cosine_max))
+    provide("cosine_max", Kernel("cpu", ("cpu",), _cosine_max_cpu, refuse_rows))
 
     def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
-        if queries.dtype not in DTYPES:
-            return f"wants float32, bfloat16 or float16, got {queries.dtype}"
-        if k > _native.MAX_K:
-            return f"wants k <= {_native.MAX_K}, got {k}"
-        return None
+        return f"wants k <= {_native.MAX_K}, got {k}" if k > _native.MAX_K else refuse_dtype(queries)
 
     @_naming_isa
     def _knn_topk_cpu(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -256,9 +238,9 @@ else:
         )
         return nearest, farthest
 
-    provide("upsample_blur", Kernel("cpu", ("cpu",), _upsample_blur_cpu, _refuse_first))
+    provide("upsample_blur", Kernel("cpu", ("cpu",), _upsample_blur_cpu, refuse_dtype))
     provide("cosine_map", Kernel("cpu", ("cpu",), _cosine_map_cpu, _refuse_cosine_map))
-    provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, _refuse_first))
+    provide("farthest_point", Kernel("cpu", ("cpu",), _farthest_point_cpu, refuse_dtype))
 
     @_naming_isa
     def _kmeans_step_cpu(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -277,7 +259,7 @@ else:
         )
         return index, sq_distance, sums, counts
 
-    provide("kmeans_step", Kernel("cpu", ("cpu",), _kmeans_step_cpu, _refuse_kmeans_step))
+    provide("kmeans_step", Kernel("cpu", ("cpu",), _kmeans_step_cpu, refuse_rows))
 
     @_naming_isa
     def dpm_stats_native(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dinofast.ops.cosine_max import _fake as cosine_max_results
-from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_cosine_max
+from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_rows
 from dinofast.ops.registry import MISSING, Kernel, provide
 
 try:
@@ -40,4 +40,4 @@ else:
     if _cuda.driver_problem():
         MISSING["cuda"] = _cuda.driver_problem()
     else:
-        provide("cosine_max", Kernel("cuda", ("cuda",), _cosine_max_cuda, refuse_cosine_max))
+        provide("cosine_max", Kernel("cuda", ("cuda",), _cosine_max_cuda, refuse_rows))

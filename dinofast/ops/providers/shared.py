@@ -30,13 +30,16 @@ def absent(error: ImportError, tool: str) -> str:
     )
 
 
-def refuse_cosine_max(features: Tensor, prototypes: Tensor) -> str | None:
-    """Give the reason why kernels of cosine_max cannot serve these arguments, or None."""
-    if features.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {features.dtype}"
-    if max(features.shape[0], prototypes.shape[0]) >= 1 << 31:
-        return f"wants fewer than 2**31 rows, got {features.shape[0]} and {prototypes.shape[0]}"
-    return None
+def refuse_dtype(x: Tensor, *_: object) -> str | None:
+    """Give the reason why kernels cannot serve the dtype of a call's first argument, or None."""
+    return None if x.dtype in DTYPES else f"wants float32, bfloat16 or float16, got {x.dtype}"
+
+
+def refuse_rows(first: Tensor, second: Tensor) -> str | None:
+    """Give the reason why kernels that count in 32 bits cannot serve two matrices of rows, or None."""
+    if max(first.shape[0], second.shape[0]) >= 1 << 31:
+        return f"wants fewer than 2**31 rows, got {first.shape[0]} and {second.shape[0]}"
+    return refuse_dtype(first)
 
 
 def dense(x: Tensor) -> Tensor:

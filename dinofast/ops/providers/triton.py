@@ -19,7 +19,7 @@ from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
-from dinofast.ops.providers.shared import DTYPES, dense, refuse_cosine_max
+from dinofast.ops.providers.shared import dense, refuse_dtype, refuse_rows
 from dinofast.ops.registry import MISSING, Kernel, forced_backend, kept, provide
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
@@ -50,13 +50,11 @@ def _cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
-    if queries.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {queries.dtype}"
     if k > _MOST_NEIGHBORS:
         return f"wants k <= {_MOST_NEIGHBORS}, got {k}"
     if max(queries.shape[0], bank.shape[0]) > _MOST_ROWS:
         return f"wants at most 2**30 rows, got {queries.shape[0]} and {bank.shape[0]}"
-    return None
+    return refuse_dtype(queries)
 
 
 def _knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -95,11 +93,9 @@ def _axis(weights: Weights, device: torch.device) -> Axis:
 
 
 def _refuse_maps(x: Tensor, size: list[int], *, patches: Tensor) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {x.dtype}"
     if max(patches.numel(), patches.shape[0] * size[0] * size[1]) > _MOST_ROWS:
         return f"wants at most 2**30 patches and pixels, got {tuple(patches.shape)} to {tuple(size)}"
-    return None
+    return refuse_dtype(x)
 
 
 def _refuse_upsample_blur(map: Tensor, size: list[int], sigma: float, mode: str, boundary: str) -> str | None:
@@ -139,9 +135,9 @@ def _cosine_map(features: Tensor, prototypes: Tensor, size: list[int], mask: Ten
 
 
 def _refuse_rows(rows: Tensor, *_: Tensor) -> str | None:
-    if rows.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {rows.dtype}"
-    return None if rows.shape[0] <= _MOST_ROWS else f"wants at most 2**30 rows, got {rows.shape[0]}"
+    if rows.shape[0] > _MOST_ROWS:
+        return f"wants at most 2**30 rows, got {rows.shape[0]}"
+    return refuse_dtype(rows)
 
 
 def _farthest_point(rows: Tensor, min_distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,11 +159,9 @@ def _kmeans_step(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _refuse_dpm_stats(x: Tensor, means: Tensor, *_: object) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"wants float32, bfloat16 or float16, got {x.dtype}"
     if x.shape[0] > _MOST_ROWS or means.shape[0] > _MOST_COMPONENTS:
         return f"wants at most 2**30 rows and 65535 components, got {x.shape[0]} and {means.shape[0]}"
-    return None
+    return refuse_dtype(x)
 
 
 def _dpm_stats(
@@ -220,7 +214,7 @@ elif importlib.util.find_spec("dinofast.kernels") is None:
 elif torch.version.cuda is None and not _INTERPRETED:
     MISSING["triton"] = "this torch has no CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
 else:
-    provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max, refuse_cosine_max))
+    provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max, refuse_rows))
     provide("knn_topk", Kernel("triton", _DEVICES, _knn_topk, _refuse_knn_topk))
     provide("upsample_blur", Kernel("triton", _DEVICES, _upsample_blur, _refuse_upsample_blur))
     provide("cosine_map", Kernel("triton", _DEVICES, _cosine_map, _refuse_cosine_map))

@@ -24,9 +24,8 @@ TAPS = {
 
 SMALL_PRODUCT = 1 << 27
 """Up to as many multiplications a tap is one product with a copy before and after, beyond one in place for
-each row of the map. On one core of an AMD EPYC with AVX-512, ms for each of B images of 28 × 28 × 384: B = 1
-29.4 against 28.0, B = 8 32.8 against 30.3 (masked convolutions: 48 and 46). But every product wakes all
-threads, and where other programs keep the cores busy, the many small ones wait several times longer."""
+each row of the map. The many small ones are a little faster alone, but every product wakes all threads, and
+where other programs keep the cores busy they wait several times longer."""
 
 LOSSES = ("mse", "cosine")
 INITS = ("full", "active")
@@ -125,8 +124,7 @@ def _split(x: Tensor, grid: int) -> Tensor:
     """Turn (B, h, w, C) into (h / grid, w / grid, B · grid², C), contiguous.
 
     Where all offsets are multiples of `grid`, the sub-grids know nothing of each other; with them innermost,
-    a tap reads and writes long contiguous blocks: 27.2 ms instead of 29.3 for one 28 × 28 × 384 image with
-    dilation 4, on one core of an AMD EPYC with AVX-512.
+    a tap reads and writes long contiguous blocks.
     """
     b, h, w, c = x.shape
     parted = x.view(b, h // grid, grid, w // grid, grid, c).permute(1, 3, 0, 2, 4, 5)

@@ -29,7 +29,7 @@ WEIGHTS = (0.25, 0.5, 0.25)
 NAMES = ("patch_adapter", "cls_adapter", "text_adapter")
 _EPS = 1e-5
 _AT_ONCE = 8
-"""Images of one forward pass; a batch is the sum of them. 8 images of 512 x 512 take about 1 GB."""
+"""Images of one forward pass, to bound its memory; a batch is the sum of them."""
 
 
 @dataclass(frozen=True)

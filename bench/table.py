@@ -23,6 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 MARKERS = "osD^vP"
 FLOOR = 75.0
 """Percent: what lies below is drawn on this line, with its figure."""
+NO_TIMES = ("memory-", "short-")
+"""Runs that were not saved for their times: taken while other work ran, or to be compared with."""
 COLORS = {"dpmm": "tab:orange", "memory_bank": "tab:blue", "spatial_ar": "tab:green"}
 
 
@@ -220,12 +222,15 @@ def plot(entries: Iterable[Entry], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables; write them and the plot."""
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help="saved JSON; by default all of bench/results/")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="saved JSON; by default those of times in bench/results/"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "table.md", help="Markdown to write")
     parser.add_argument("--plot", type=Path, default=RESULTS / "table.svg", help="plot to write")
     asked = parser.parse_args(arguments)
     entries, operators, unread = list(published_entries()), [], []
-    for path in asked.files or sorted(RESULTS.glob("*.json")):
+    saved = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith(NO_TIMES)]
+    for path in asked.files or saved:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows, measured = operator_rows(path.name, content), measured_entries(path.name, content)

@@ -10,8 +10,8 @@ export PYTHON
 demo: $(VENV)/.demo  ## run the main job on real images; writes demo-output/report.html
 	$(VENV)/bin/dinofast demo
 
-test: $(VENV)/.dev  ## pass all tests
-	$(PY) -m pytest
+test: $(VENV)/.dev  ## pass all tests, in as many processes as there are cores, 4 at most, of one thread each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-hosts: $(VENV)-hosts/.done  ## pass the tests against real anomalib models, in an environment of its own
 	$(VENV)-hosts/bin/python -m pytest tests/hosts tests/test_examples.py

@@ -155,3 +155,29 @@ def tree(tmp_path: Path) -> Path:
     from textures import cloth_tree
 
     return cloth_tree(tmp_path / "cloth")
+
+
+@pytest.fixture(scope="session")
+def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of BMAD's brain images: see `bmad_trees.bmad_tree`."""
+    from bmad_trees import bmad_tree
+
+    return bmad_tree(tmp_path_factory.mktemp("brain"))
+
+
+@pytest.fixture(scope="session")
+def report(brain: Path, lite0):
+    """What the BMAD protocol says of a memory bank on `brain`."""
+    from dinofast import Detector, protocol
+    from dinofast.data import bmad
+
+    return protocol.run(Detector(lite0), bmad.load(brain))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    """The file of `zero_shot_truth.text`."""
+    from zero_shot_truth import text
+
+    text().save(tmp_path / "text")
+    return str(tmp_path / "text")

@@ -1,174 +1,27 @@
-"""Backbones against a second derivation of the official forward passes, and every way of loading them."""
+"""Backbones against a second derivation of the official forward passes."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-import logging
-import math
 import operator
-import socket
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from official_vit import FAMILIES, LISTS, checkpoint, listed, official_forward, shallow
 from torch import Tensor
 from torch.nn import functional as F
 
 from dinofast import backbone as room
-from dinofast.backbone import Backbone, hub, load, official
+from dinofast.backbone import Backbone, load, official
 from dinofast.backbone.vision import resample_positions
-from dinofast.errors import BackboneError, InputError
+from dinofast.errors import InputError
 
-KEYS = Path(__file__).parent / "keys"
-FAMILIES = {
-    "dinov2": ("dinov2_vits14", "dinov2-small"),
-    "dinov2-with-registers": ("dinov2_vits14_reg4", "dinov2-with-registers-small"),
-    "dinov3": ("dinov3_vits16", "dinov3-vits16"),
-}
-LISTS = {
-    "dinov2_vits14": "dinov2-small",
-    "dinov2_vitb14": "dinov2-base",
-    "dinov2_vitl14": "dinov2-large",
-    "dinov2_vits14_reg4": "dinov2-with-registers-small",
-    "dinov3_vits16": "dinov3-vits16",
-    "dinov3_vitb16": "dinov3-vitb16",
-    "dinov3_vitl16": "dinov3-vitl16",
-}
 # torch 2.13 warns about its own pytree inside run_decompositions
 export_filter = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-
-
-def listed(name: str) -> dict[str, tuple[int, ...]]:
-    tensors = json.loads((KEYS / f"{name}.json").read_text())["tensors"]
-    return {key: tuple(shape) for key, shape in tensors.items()}
-
-
-def checkpoint(name: str, depth: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """An official file of the listed names and shapes, its first blocks only, with random values."""
-    generator = torch.Generator().manual_seed(seed)
-    out = {}
-    for key, shape in listed(name).items():
-        if key.startswith("blocks.") and int(key.split(".")[1]) >= depth:
-            continue
-        value = torch.randn(shape, generator=generator)
-        if key.endswith("bias_mask"):
-            value = torch.ones(shape)
-            value[shape[0] // 3 : 2 * shape[0] // 3] = 0
-        elif key.endswith("periods"):
-            # not the formula's values: what stands in the file must decide
-            value = 90 ** (torch.arange(shape[0]) / shape[0])
-        elif key.endswith("gamma"):
-            value = 0.3 + 0.2 * value
-        elif "norm" in key:
-            value = 0.2 * value + (1 if key.endswith("weight") else 0)
-        elif key.endswith("weight"):
-            value = value / math.prod(shape[1:]) ** 0.5
-        out[key] = value
-    return out
-
-
-def bicubic(x: float) -> list[float]:
-    """Weights of the four neighbors at offset x in [0, 1), Keys' kernel with a = -0.75."""
-
-    def near(t: float) -> float:
-        return (1.25 * t - 2.25) * t * t + 1
-
-    def far(t: float) -> float:
-        return ((-0.75 * t + 3.75) * t - 6) * t + 3
-
-    return [far(1 + x), near(x), near(1 - x), far(2 - x)]
-
-
-def resampling_matrix(old: int, new: int, scale: float) -> Tensor:
-    """(new, old): bicubic without antialias, half-pixel centers, border repeated, in float64."""
-    out = torch.zeros(new, old, dtype=torch.float64)
-    for i in range(new):
-        source = (i + 0.5) / scale - 0.5
-        base = math.floor(source)
-        for k, weight in enumerate(bicubic(source - base)):
-            out[i, min(max(base - 1 + k, 0), old - 1)] += weight
-    return out
-
-
-def official_positions(tensors: dict[str, Tensor], h: int, w: int) -> Tensor:
-    """(1 + h * w, D) by the rule of the official modules."""
-    table = tensors["pos_embed"][0]
-    if (h, w) == (37, 37):
-        return table
-    grid = table[1:].reshape(37, 37, -1)
-    if "register_tokens" in tensors:
-        moved = F.interpolate(
-            grid.permute(2, 0, 1)[None], size=(h, w), mode="bicubic", align_corners=False, antialias=True
-        )[0].permute(1, 2, 0)
-    else:
-        rows = resampling_matrix(37, h, (h + 0.1) / 37)
-        columns = resampling_matrix(37, w, (w + 0.1) / 37)
-        moved = torch.einsum("ij,jkd,lk->ild", rows, grid.double(), columns).float()
-    return torch.cat((table[:1], moved.reshape(h * w, -1)))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def official_forward(tensors: dict[str, Tensor], pixels: Tensor, taps: tuple[int, ...] = (-1,)) -> Tensor:
-    """Every token (B, 1 + R + N, D) of the tapped blocks along D, by the published forward pass."""
-    t, third = tensors, "storage_tokens" in tensors
-    patch, dim = t["patch_embed.proj.weight"].shape[-1], t["cls_token"].shape[-1]
-    heads, batch = dim // 64, len(pixels)
-    h, w = pixels.shape[2] // patch, pixels.shape[3] // patch
-    x = F.conv2d(pixels, t["patch_embed.proj.weight"], t["patch_embed.proj.bias"], stride=patch)
-    x = torch.cat((t["cls_token"].expand(batch, -1, -1), x.flatten(2).transpose(1, 2)), 1)
-    extra = t.get("storage_tokens", t.get("register_tokens"))
-    if not third:
-        x = x + official_positions(t, h, w)
-    if extra is not None:
-        x = torch.cat((x[:, :1], extra.expand(batch, -1, -1), x[:, 1:]), 1)
-    prefix = x.shape[1] - h * w
-    if third:
-        y = (torch.arange(h) + 0.5) / h * 2 - 1
-        z = (torch.arange(w) + 0.5) / w * 2 - 1
-        at = torch.stack((y[:, None].expand(h, w), z[None].expand(h, w)), -1).reshape(h * w, 2, 1)
-        angle = (2 * math.pi * at / t["rope_embed.periods"]).reshape(h * w, 32).repeat(1, 2)
-        cos, sin = angle.cos(), angle.sin()
-    depth = 1 + max(int(key.split(".")[1]) for key in t if key.startswith("blocks."))
-    eps, tapped = (1e-5 if third else 1e-6), []
-
-    def norm(value: Tensor, name: str) -> Tensor:
-        return F.layer_norm(value, (dim,), t[name + ".weight"], t[name + ".bias"], eps)
-
-    def linear(value: Tensor, name: str, mask: Tensor | None = None) -> Tensor:
-        bias = t[name + ".bias"]
-        return F.linear(value, t[name + ".weight"], bias if mask is None else bias * mask)
-
-    for i in range(depth):
-        b = f"blocks.{i}."
-        qkv = linear(norm(x, b + "norm1"), b + "attn.qkv", t.get(b + "attn.qkv.bias_mask"))
-        q, k, v = (part.reshape(batch, -1, heads, 64).transpose(1, 2) for part in qkv.split(dim, -1))
-        if third:
-            q, k = (torch.cat((s[:, :, :prefix], rotate(s[:, :, prefix:], cos, sin)), 2) for s in (q, k))
-        seen = (q @ k.transpose(-1, -2) / 8).softmax(-1) @ v
-        seen = linear(seen.transpose(1, 2).reshape(batch, -1, dim), b + "attn.proj")
-        x = x + seen * t[b + "ls1.gamma"]
-        hidden = F.gelu(linear(norm(x, b + "norm2"), b + "mlp.fc1"))
-        x = x + linear(hidden, b + "mlp.fc2") * t[b + "ls2.gamma"]
-        tapped.append(norm(x, "norm"))
-    return torch.cat([tapped[i] for i in taps], -1)
-
-
-def shallow(monkeypatch: pytest.MonkeyPatch, name: str, depth: int = 2) -> str:
-    """Make random:NAME a network of few blocks."""
-    small = dataclasses.replace(official.ARCHITECTURES[name], depth=depth)
-    monkeypatch.setitem(official.ARCHITECTURES, name, small)
-    return f"random:{name}"
 
 
 def assert_token_equal(backbone: Backbone, tensors: dict[str, Tensor], pixels: Tensor, taps=(-1,)) -> None:
@@ -424,16 +277,6 @@ def test_inductor_gives_the_same_tokens(family, monkeypatch):
     torch.testing.assert_close(compiled(pixels).tensor, eager(pixels).tensor, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [{"compile": "fastest"}, {"dtype": torch.float64},
-     {"device": "nowhere"}, {"size": 3}],
-)  # fmt: skip
-def test_arguments_that_cannot_be_used(bad, monkeypatch):
-    with pytest.raises(InputError):
-        load(shallow(monkeypatch, "dinov2-small", 1), **{"device": "cpu", **bad})
-
-
 def test_efficientnet_has_a_16_x_16_grid():
     backbone = load("efficientnet-lite0", device="cpu")
     pixels = backbone.preprocess(torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(9)))
@@ -462,179 +305,6 @@ def test_efficientnet_weights_are_real():
         network(pixels)
     found = load("efficientnet-lite0", device="cpu", layers=[10])(pixels).tensor
     torch.testing.assert_close(found, seen[0].movedim(1, -1))
-
-
-@pytest.fixture
-def no_hub(tmp_path, monkeypatch):
-    """An empty cache and a hub that refuses connections."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delenv("DINOFAST_BACKBONE", raising=False)
-    return tmp_path / "cache"
-
-
-def cache(folder: Path, repo: str) -> None:
-    """Put one-block weights of a DINOv2 where the hub's cache would have them."""
-    root = folder / f"models--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("abc")
-    small = dataclasses.replace(official.ARCHITECTURES["dinov2-small"], depth=1)
-    official.build(official.random_tensors(small, 0), "").save_pretrained(root / "snapshots" / "abc")
-
-
-def test_auto_takes_efficientnet_when_there_is_no_dino(no_hub):
-    backbone = load(device="cpu")
-    assert backbone.id == "efficientnet-lite0"
-    assert "no DINOv2" in backbone.reason
-    assert backbone.reason in backbone.describe()
-
-
-def test_auto_takes_a_cached_dino_without_connecting(no_hub):
-    cache(no_hub, "facebook/dinov2-small")
-    backbone = load(device="cpu")
-    assert (backbone.id, backbone.kind) == ("facebook/dinov2-small", "dinov2")
-    assert "cache" in backbone.reason
-    assert backbone.license == "Apache-2.0"
-
-
-def test_auto_follows_the_environment(no_hub, monkeypatch, tmp_path):
-    torch.save(checkpoint("dinov2_vits14", 1), tmp_path / "mine.pth")
-    monkeypatch.setenv("DINOFAST_BACKBONE", str(tmp_path / "mine.pth"))
-    assert load(device="cpu").id == "mine.pth"
-    monkeypatch.setenv("DINOFAST_BACKBONE", str(tmp_path / "absent.pth"))
-    with pytest.raises(BackboneError, match=r"absent\.pth"):
-        load(device="cpu")
-
-
-@pytest.mark.parametrize("name", ["dinov2-small", "facebook/dinov3-vits16-pretrain-lvd1689m"])
-def test_an_unreachable_hub_names_the_three_ways_at_once(name, no_hub):
-    started = time.monotonic()
-    with pytest.raises(BackboneError, match=r"(?s)local path.*HF_TOKEN.*HF_ENDPOINT"):
-        load(name, device="cpu")
-    assert time.monotonic() - started < 15
-
-
-def test_a_silent_hub_is_not_waited_for(no_hub, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(hub, "PROBE_SECONDS", 0.5)
-        with pytest.raises(BackboneError, match=r"(?s)timed out.*HF_ENDPOINT"):
-            load("dinov2-small", device="cpu")
-
-
-def test_a_gated_hub_names_the_three_ways(no_hub, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    def refuse(*_, **__):
-        raise GatedRepoError.__new__(GatedRepoError)
-
-    assert issubclass(GatedRepoError, HfHubHTTPError)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(BackboneError, match=r"(?s)local path.*HF_TOKEN.*HF_ENDPOINT"):
-        load("dinov3-vits16", device="cpu")
-
-
-def test_the_dinov3_license_is_shown(tmp_path, caplog):
-    torch.save(checkpoint("dinov3_vits16", 1), tmp_path / "v3.pth")
-    with caplog.at_level(logging.WARNING, logger="dinofast"):
-        backbone = load(tmp_path / "v3.pth", device="cpu")
-    assert "DINOv3 License" in backbone.license
-    assert "DINOv3 License" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet50", "random:dinov2-tiny", "random:dinov2-small:x", "dinov2-small.pth", "./no"]
-)
-def test_names_that_do_not_exist(name):
-    with pytest.raises(BackboneError, match=name.replace(".", r"\.")):
-        load(name, device="cpu")
-
-
-def broken(kind: str) -> dict[str, Tensor]:
-    tensors = checkpoint("dinov2_vits14", 2)
-    if kind == "missing":
-        del tensors["blocks.1.ls2.gamma"]
-    elif kind == "unknown":
-        tensors["head.weight"] = torch.zeros(2)
-    elif kind == "shape":
-        tensors["blocks.0.mlp.fc1.bias"] = torch.zeros(7)
-    elif kind == "nan":
-        tensors["norm.bias"][3] = float("nan")
-    elif kind == "swiglu":
-        tensors["blocks.0.mlp.w12.weight"] = torch.zeros(2)
-    elif kind == "foreign":
-        tensors = {"conv1.weight": torch.zeros(2)}
-    elif kind == "nested":
-        tensors = {"teacher": tensors}
-    return tensors
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [("missing", "ls2.gamma is missing"), ("unknown", "head.weight is unknown"), ("shape", r"\(7,\), not"),
-     ("nan", "norm.bias is not finite"), ("swiglu", "SwiGLU"), ("foreign", "conv1.weight"),
-     ("nested", "plain")],
-)  # fmt: skip
-def test_wrong_weight_files(kind, says, tmp_path):
-    torch.save(broken(kind), tmp_path / "odd.pth")
-    with pytest.raises(BackboneError, match=rf"(?s)odd\.pth.*{says}"):
-        load(tmp_path / "odd.pth", device="cpu")
-
-
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_torn_weight_files(suffix, tmp_path):
-    path = tmp_path / f"torn.{suffix}"
-    save = torch.save if suffix == "pth" else safetensors.torch.save_file
-    save(checkpoint("dinov2_vits14", 1), path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BackboneError, match=r"torn\."):
-        load(path, device="cpu")
-
-
-def test_a_weight_file_never_runs_code(tmp_path):
-    torch.save({"cls_token": Path("x")}, tmp_path / "code.pth")
-    with pytest.raises(BackboneError, match=r"code\.pth"):
-        load(tmp_path / "code.pth", device="cpu")
-
-
-def test_wrong_folders(tmp_path):
-    with pytest.raises(BackboneError, match=r"config\.json"):
-        load(tmp_path, device="cpu")
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(BackboneError, match="bert"):
-        load(tmp_path, device="cpu")
-    small = dataclasses.replace(official.ARCHITECTURES["dinov2-small"], depth=1)
-    official.build(official.random_tensors(small, 0), "").save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BackboneError, match="torn"):
-        load(tmp_path, device="cpu")
-    tensors = safetensors.torch.load(whole)
-    del tensors["layernorm.bias"]
-    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(BackboneError, match=r"layernorm\.bias"):
-        load(tmp_path, device="cpu")
-
-
-def test_without_transformers_the_extra_is_named(monkeypatch, no_hub):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(BackboneError, match=r"dinofast\[hf\]"):
-        load("random:dinov2-small", device="cpu")
-    with pytest.raises(BackboneError, match=r"dinofast\[hf\]"):
-        hub.from_hub("facebook/dinov2-small", None)
-
-
-def test_loading_efficientnet_imports_no_transformers():
-    code = (
-        "import sys, dinofast.backbone as b; b.load('efficientnet-lite0', device='cpu');"
-        "sys.exit('transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_room_exports_what_it_says():

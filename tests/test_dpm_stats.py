@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import mixture
 
 from dinofast import ops
 from dinofast.ops.dpm_stats import negligible_nats, pairs_evaluated
@@ -19,21 +20,6 @@ OP = OPS["dpm_stats"]
 KERNEL = next(kernel for kernel in OP.kernels if kernel.backend == "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("diag", "spherical", "full")
-
-
-def mixture(n, k, d, kind, spread=1.0, variance=1.0, seed=0):
-    """Rows around k means `spread` apart; precisions of uneven scale, for "full" of uneven direction too."""
-    generator = torch.Generator().manual_seed(seed)
-    means = spread * torch.randn(k, d, generator=generator)
-    owner = torch.randint(k, (n,), generator=generator)
-    x = means[owner] + variance**0.5 * torch.randn(n, d, generator=generator)
-    if kind == "full":
-        root = torch.randn(k, d, 2 * d, generator=generator) * torch.logspace(-1, 1, d)[:, None]
-        precisions = root @ root.mT / (2 * d * variance)
-    else:
-        precisions = torch.exp(torch.randn(k, d, generator=generator)) / variance
-        precisions = precisions if kind == "diag" else precisions[:, 0].contiguous()
-    return x, means, precisions, torch.randn(k, generator=generator).log_softmax(0), kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 TABLE = Path(__file__).parents[1] / "bench/results/triton-aot.json"
+HELPERS = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 OTHER_SPILLS = 16
 """Bytes that a thread may spill under a Triton that the table does not record; 3.6.0 spills 8 at most."""
@@ -19,7 +20,7 @@ OTHER_SPILLS = 16
 def run_python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": HELPERS, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -192,21 +193,9 @@ from dinofast.kernels.full_covariance import Full
 from dinofast.kernels import full_covariance, responsibilities
 from dinofast.kernels.responsibilities import Diagonal
 from dinofast.ops.dpm_stats import negligible_nats
-generator = torch.Generator().manual_seed(0)
+from mixtures import mixture
 op = OPS["dpm_stats"]
 kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
-
-def mixture(n, k, d, kind, spread=1.0, variance=1.0):
-    means = spread * torch.randn(k, d, generator=generator)
-    owner = torch.randint(k, (n,), generator=generator)
-    x = means[owner] + variance**0.5 * torch.randn(n, d, generator=generator)
-    if kind == "full":
-        root = torch.randn(k, d, 2 * d, generator=generator) * torch.logspace(-1, 1, d)[:, None]
-        precisions = root @ root.mT / (2 * d * variance)
-    else:
-        precisions = torch.exp(torch.randn(k, d, generator=generator)) / variance
-        precisions = precisions if kind == "diag" else precisions[:, 0].contiguous()
-    return x, means, precisions, torch.randn(k, generator=generator).log_softmax(0), kind
 
 
 def assert_bounds_are_above(x, means, precisions, log_weights, kind):

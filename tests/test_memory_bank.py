@@ -8,88 +8,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy import ndimage
-from sklearn.decomposition import PCA
+from bank_truth import (
+    SIZE,
+    clustered,
+    features,
+    scene,
+    true_image_scores,
+    true_map,
+    true_mask,
+    true_patch_scores,
+    unit,
+)
 
 from dinofast.errors import InputError
 from dinofast.models import create, searched
-from dinofast.models.foreground import foreground_mask
 from dinofast.models.memory_bank import MemoryBank
 from dinofast.models.row_store import RowStore
 from dinofast.ops import providers
-from dinofast.types import Features
-
-SIZE = (90, 71)
-
-
-def clustered(b, h, w, d=24, seed=0):
-    """Patches around six centers, drawn in float32."""
-    rng = np.random.default_rng(seed)
-    centers = np.random.default_rng(99).normal(size=(6, d))
-    return (centers[rng.integers(6, size=(b, h, w))] + 0.3 * rng.normal(size=(b, h, w, d))).astype(np.float32)
-
-
-def features(tokens, size=SIZE):
-    return Features(torch.from_numpy(np.ascontiguousarray(tokens)), None, size)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def true_patch_scores(tokens, bank, k, metric):
-    q, m = tokens.reshape(-1, tokens.shape[-1]).astype(float), bank.reshape(-1, bank.shape[-1]).astype(float)
-    if metric == "cosine":
-        q, m = unit(q), unit(m)
-    sq = np.sort(((q[:, None] - m[None]) ** 2).sum(2), axis=1)[:, :k].mean(1)
-    return (sq / 2 if metric == "cosine" else np.sqrt(sq)).reshape(tokens.shape[:-1])
-
-
-def true_image_scores(patches):
-    scores = []
-    for flat in patches.reshape(len(patches), -1):
-        t = int(0.01 * flat.size)
-        scores.append(np.sort(flat)[-t:].mean() if t else flat.max())
-    return np.array(scores)
-
-
-def true_map(patches, size, compat):
-    patches = torch.from_numpy(patches)[:, None]
-    if compat == "anomalydino":
-        up = F.interpolate(patches, size, mode="bilinear", align_corners=False)[:, 0].numpy()
-        return np.stack([ndimage.gaussian_filter(m, sigma=4, truncate=4, mode="reflect") for m in up])
-    up = F.pad(F.interpolate(patches, size, mode="nearest"), (16, 16, 16, 16), mode="reflect")
-    kernel = torch.exp(-0.5 * (torch.arange(-16, 17, dtype=torch.float64) / 4) ** 2)
-    kernel = torch.outer(kernel, kernel)
-    return F.conv2d(up, (kernel / kernel.sum())[None, None])[:, 0].numpy()
-
-
-def true_mask(tokens, threshold, morphology):
-    """One image (h, w, D), by scikit-learn and SciPy."""
-    h, w, d = tokens.shape
-    rows = tokens.reshape(-1, d).astype(float)
-    t = PCA(n_components=1, svd_solver="full").fit_transform(rows).reshape(h, w)
-    mask = t > threshold
-    window = mask[int(h * 0.2) : int(h * 0.8), int(w * 0.2) : int(w * 0.8)]
-    if window.sum() <= window.size * 0.35:
-        mask = -t > threshold
-    image = mask.reshape(-1, 1) if morphology == "1d" else mask
-    box = np.ones((3, 3), bool)
-    image = ndimage.binary_dilation(image, box)
-    image = ndimage.binary_erosion(ndimage.binary_dilation(image, box), box, border_value=1)
-    return image.reshape(h, w)
-
-
-def scene(h, w, seed=0, d=20, noise=0.3):
-    """One image with an object, at a distance along a random direction, in the middle or around it."""
-    rng = np.random.default_rng(seed)
-    axis = rng.normal(size=d)
-    y, x = np.mgrid[:h, :w]
-    inside = ((y - h / 2) / (0.37 * h)) ** 2 + ((x - w / 2) / (0.3 * w)) ** 2 < 1
-    inside ^= rng.random((h, w)) < 0.08
-    place = np.where(inside ^ bool(seed % 2), 3.0, 0.0) + noise * rng.normal(size=(h, w))
-    return (5 + place[..., None] * axis + 0.2 * rng.normal(size=(h, w, d))).astype(np.float32)
 
 
 @pytest.mark.parametrize("compat", ["anomalydino", "anomalib"])
@@ -145,60 +80,6 @@ def test_cosine_distance_stays_in_range_up_to_opposite():
     found = model.patch_scores(features(-tokens))
     assert found.max() <= 2
     assert found[0, 0, 0] == pytest.approx(2, abs=1e-6)
-
-
-@pytest.mark.parametrize("morphology", ["1d", "2d"])
-@pytest.mark.parametrize("sides", [(16, 16), (13, 21), (1, 40), (3, 2)])
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_mask_equals_an_independent_derivation(morphology, sides, seed):
-    tokens = np.stack([scene(*sides, seed=seed), scene(*sides, seed=seed + 10)])
-    for threshold in (0.0, 4.0):
-        found = foreground_mask(torch.from_numpy(tokens), threshold, morphology).numpy()
-        assert np.array_equal(found, np.stack([true_mask(t, threshold, morphology) for t in tokens]))
-
-
-def test_both_signs_of_the_component_occur():
-    """Guard of the test above: its scenes reach the rule's two branches and both morphologies differ."""
-    kept, differ = set(), False
-    for seed in range(4):
-        tokens = scene(16, 16, seed)
-        t = PCA(n_components=1, svd_solver="full").fit_transform(tokens.reshape(-1, 20).astype(float))
-        kept.add(bool((t.reshape(16, 16)[3:12, 3:12] > 4).sum() <= 0.35 * 81))
-        differ |= not np.array_equal(true_mask(tokens, 4.0, "1d"), true_mask(tokens, 4.0, "2d"))
-    assert kept == {True, False}
-    assert differ
-
-
-def test_keep_decides_whether_the_component_is_turned():
-    tokens = torch.from_numpy(scene(16, 16))[None]
-    turned, straight = (foreground_mask(tokens, 4.0, "2d", keep=keep) for keep in (1.0, 0.0))
-    assert not torch.equal(turned, straight)
-    assert torch.equal(turned, foreground_mask(-tokens, 4.0, "2d", keep=0.0))
-
-
-def test_constant_image_has_no_foreground():
-    for morphology in ("1d", "2d"):
-        assert not foreground_mask(torch.full((2, 6, 6, 8), 3.3), 10.0, morphology).any()
-    assert foreground_mask(torch.ones(0, 6, 6, 8), 10.0).shape == (0, 6, 6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tokens": torch.full((1, 4, 4, 3), torch.nan)}, "16 patches hold NaN or infinite"),
-        ({"tokens": torch.ones(4, 4, 3)}, r"\(B, h, w, D\)"),
-        ({"tokens": torch.ones(1, 0, 4, 3)}, "with patches"),
-        ({"threshold": float("nan")}, "threshold must be finite"),
-        ({"threshold": -1.0}, "threshold must be finite"),
-        ({"morphology": "3d"}, "unknown morphology '3d'; one of 1d, 2d"),
-        ({"border": 0.5}, "border must lie"),
-        ({"keep": 1.1}, "keep in"),
-    ],
-)
-def test_mask_refuses_bad_input(change, message):
-    arguments = {"tokens": torch.randn(1, 4, 4, 3), "threshold": 1.0} | change
-    with pytest.raises(InputError, match=message):
-        foreground_mask(**arguments)
 
 
 @pytest.mark.parametrize("compat", ["anomalydino", "anomalib"])
@@ -278,84 +159,6 @@ def test_partial_fit_adds():
     with pytest.raises(InputError, match="D, 24 and 25"):
         model.partial_fit(features(clustered(1, 6, 6, d=25)))
     assert torch.equal(model.score(query).map, whole.score(query).map)
-
-
-def mean_below(distance, rank):
-    """Mean of what lies strictly below the value of a rank, counted from 1; that value where nothing does."""
-    limit = np.sort(distance)[rank - 1]
-    return distance[distance < limit].mean() if (distance < limit).any() else limit
-
-
-def true_set_scores(tokens):
-    """Zero-shot scores by brute force: sort all distances, average those strictly below the rank's."""
-    rows = [unit(t.reshape(-1, t.shape[-1]).astype(float)) for t in tokens]
-    patches = []
-    for image, own in enumerate(rows):
-        others = np.concatenate([r for i, r in enumerate(rows) if i != image])
-        distance = 1 - own @ others.T
-        patches.append([mean_below(row, len(others) // 1000) for row in distance])
-    return np.array(patches).reshape(tokens.shape[:3])
-
-
-@pytest.mark.parametrize(("b", "side"), [(11, 10), (5, 23), (20, 8), (31, 10)])
-@pytest.mark.parametrize("compat", ["anomalydino", "anomalib"])
-def test_score_set_equals_brute_force(b, side, compat):
-    tokens = clustered(b, side, side, seed=3)
-    model = MemoryBank(compat=compat)
-    found = model.score_set(features(part) for part in np.array_split(tokens, 3))
-    patches = true_set_scores(tokens)
-    np.testing.assert_allclose(found.score, true_image_scores(patches), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.map, true_map(patches, SIZE, compat), rtol=1e-4, atol=1e-6)
-    assert not model.is_fitted
-
-
-def test_score_set_leaves_the_fitted_bank():
-    model = MemoryBank().fit([features(clustered(1, 4, 4))])
-    before = model.bank
-    model.score_set([features(clustered(11, 10, 10))])
-    assert model.bank is before
-
-
-def test_score_set_of_identical_images_is_zero_not_nan():
-    tokens = np.repeat(clustered(1, 10, 10), 12, axis=0)
-    found = MemoryBank().score_set([features(tokens)])
-    assert found.score.abs().max() < 1e-6
-    assert found.map.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("mask_references", [False, True])
-def test_score_set_with_masks(mask_references):
-    tokens = np.stack([scene(16, 16, seed=s) for s in range(20)])
-    model = MemoryBank(masking=True, mask_threshold=4.0, mask_references=mask_references)
-    mask = np.stack([true_mask(t, 4.0, "1d") for t in tokens])
-    rows = [unit(t.reshape(-1, 20).astype(float)) for t in tokens]
-    patches = np.zeros(mask.shape)
-    for image, own in enumerate(rows):
-        others = [r[mask[i].ravel()] if mask_references else r for i, r in enumerate(rows) if i != image]
-        distance = 1 - own[mask[image].ravel()] @ np.concatenate(others).T
-        patches[image][mask[image]] = [mean_below(row, distance.shape[1] // 1000) for row in distance]
-    found = model.score_set([features(tokens)])
-    np.testing.assert_allclose(found.score, true_image_scores(patches), rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("params", "batches", "message"),
-    [
-        ({}, lambda: [clustered(10, 10, 10)], "have 900 patches, fewer than the 1000"),
-        ({}, lambda: [clustered(1, 40, 40)], "have 0 patches"),
-        (
-            {"masking": True, "mask_threshold": 1e6, "mask_references": True},
-            lambda: [clustered(12, 10, 10)],
-            "0",
-        ),
-        ({}, lambda: [clustered(6, 10, 10), clustered(6, 10, 11)], r"\(10, 10\) at .* and \(10, 11\) at"),
-        ({}, list, "no images"),
-        ({"metric": "euclidean"}, lambda: [clustered(12, 10, 10)], "defined for the cosine metric"),
-    ],
-)
-def test_score_set_refuses(params, batches, message):
-    with pytest.raises(InputError, match=message):
-        MemoryBank(**params).score_set(features(tokens) for tokens in batches())
 
 
 def test_row_store_crosses_blocks(monkeypatch):

@@ -1,7 +1,6 @@
 """One contract for every model in `dinofast.models.names()`."""
 
-import subprocess
-import sys
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinofast import artifact, models, ops
+from dinofast import models, ops
 from dinofast.capture.static import StaticOnly
 from dinofast.errors import ArtifactError, InputError
-from dinofast.models.base import Model
 from dinofast.text_vectors import TextVectors
 from dinofast.types import Features, Scores
 
@@ -100,6 +98,22 @@ def normal(b=4, seed=0, d=D, dtype=torch.float32):
     return batch((kinds[layout] + 0.1 * noise).to(dtype))
 
 
+@pytest.fixture(scope="module")
+def kept():
+    """What `learned` has fitted: configuration -> model."""
+    return {}
+
+
+@pytest.fixture
+def learned(make, kept):
+    """A copy of the model of `normal()`, which is fitted once."""
+    model = make()
+    key = repr(model.config())
+    if key not in kept:
+        kept[key] = model.fit([normal()])
+    return copy.deepcopy(kept[key])
+
+
 def with_foreign_patch(y=6, x=5, seed=77, side=1):
     """One image with patches of another kind, and the mask that says so."""
     features = normal(1, seed=seed)
@@ -185,9 +199,9 @@ def test_save_and_load_keep_every_number_and_the_bytes(make, tmp_path):
     same(type(model).load(tmp_path / "a").score(normal(seed=5)), model.score(normal(seed=5)))
 
 
-def test_state_and_config_rebuild_the_model(make):
-    model = make().fit([normal()])
-    same(models.restore(model.config(), model.state()).score(normal(seed=5)), model.score(normal(seed=5)))
+def test_state_and_config_rebuild_the_model(learned):
+    rebuilt = models.restore(learned.config(), learned.state())
+    same(rebuilt.score(normal(seed=5)), learned.score(normal(seed=5)))
 
 
 def test_foreign_patch_scores_higher_there(make):
@@ -256,17 +270,16 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_failed_fit_leaves_the_model_as_it_was(make, failure):
+def test_failed_fit_leaves_the_model_as_it_was(make, learned, failure):
     batches, error, message = FAILURES[failure]
     fresh = make()
     with pytest.raises(error, match=message):
         fresh.fit(batches())
     assert not fresh.is_fitted
-    model = make().fit([normal()])
-    before = model.score(normal(seed=5))
+    before = learned.score(normal(seed=5))
     with pytest.raises(error, match=message):
-        model.fit(batches())
-    same(model.score(normal(seed=5)), before)
+        learned.fit(batches())
+    same(learned.score(normal(seed=5)), before)
 
 
 def test_unfitted_model_says_so(make, tmp_path):
@@ -282,29 +295,27 @@ def test_unfitted_model_says_so(make, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_scoring_refuses_other_d_and_nan(make):
-    model = make().fit([normal()])
+def test_scoring_refuses_other_d_and_nan(learned):
     with pytest.raises(InputError, match=r"fitted on features with D = 16, these have D = 17; .*backbone"):
-        model.score(normal(d=D + 1))
+        learned.score(normal(d=D + 1))
     with pytest.raises(InputError, match="2 of 288 patches hold NaN"):
-        model.score(nan_batch())
+        learned.score(nan_batch())
 
 
-def test_scoring_names_the_type_that_it_was_given(make):
-    model = make().fit([normal()])
+def test_scoring_names_the_type_that_it_was_given(learned):
     with pytest.raises(InputError, match=r"expected dinofast\.Features, got ndarray"):
-        model.score(normal().tensor.numpy())
+        learned.score(normal().tensor.numpy())
     with pytest.raises(InputError, match=r"expected dinofast\.Features, got int"):
-        model.patch_scores(features=5)
+        learned.patch_scores(features=5)
 
 
-def test_device_mismatch_names_both_and_the_remedy(make):
-    model = make().fit([normal()]).to("meta")
+def test_device_mismatch_names_both_and_the_remedy(learned):
+    learned.to("meta")
     with pytest.raises(InputError, match=r"is on meta, the features on cpu; .*model\.to\('cpu'\)"):
-        model.score(normal())
+        learned.score(normal())
 
 
-def test_arrays_of_numpy_are_not_copied_and_come_back(make, monkeypatch):
+def test_arrays_of_numpy_are_not_copied_and_come_back(make, learned, monkeypatch):
     def arrays(features):
         given = {n: getattr(features, n).numpy() for n in ("tensor", "cls", "intensity", "masks")}
         return replace(features, **given)
@@ -316,9 +327,8 @@ def test_arrays_of_numpy_are_not_copied_and_come_back(make, monkeypatch):
     found, patches = model.score(query), model.patch_scores(query)
     assert set(seen) == {tuple(x.__array_interface__["data"][0] for x in (query.tensor, query.cls))}
     assert type(found.score) is type(found.map) is type(patches) is np.ndarray
-    expected = make().fit([normal()])
-    same(Scores(*map(torch.from_numpy, (found.score, found.map))), expected.score(normal(3, seed=5)))
-    assert torch.equal(torch.from_numpy(patches), expected.patch_scores(normal(3, seed=5)))
+    same(Scores(*map(torch.from_numpy, (found.score, found.map))), learned.score(normal(3, seed=5)))
+    assert torch.equal(torch.from_numpy(patches), learned.patch_scores(normal(3, seed=5)))
 
 
 @pytest.mark.needs_cuda
@@ -336,27 +346,25 @@ def test_model_on_a_gpu_gives_the_same(make):
             assert bool(found.score.isfinite().all() and found.map.isfinite().all())
 
 
-def test_merge_refuses_what_does_not_belong(make):
-    model = make().fit([normal()])
-    if not model.merges:
+def test_merge_refuses_what_does_not_belong(make, learned):
+    if not learned.merges:
         pytest.skip("this model does not merge at all")
-    before = model.score(normal(seed=5))
+    before = learned.score(normal(seed=5))
     with pytest.raises(InputError, match="different parameters"):
-        model.merge(make(**OTHER_PARAMS[model.name]).fit([normal()]))
+        learned.merge(make(**OTHER_PARAMS[learned.name]).fit([normal()]))
     with pytest.raises(InputError, match="different D, 16 and 17"):
-        model.merge(make().fit([normal(d=D + 1)]))
+        learned.merge(make().fit([normal(d=D + 1)]))
     with pytest.raises(InputError, match="cannot merge a dict"):
-        model.merge({})
-    same(model.score(normal(seed=5)), before)
+        learned.merge({})
+    same(learned.score(normal(seed=5)), before)
 
 
-def test_state_that_does_not_fit_is_refused(make):
-    model = make().fit([normal()])
-    before = model.score(normal(seed=5))
-    for state in ({}, {"other": torch.ones(2)}, {n: t[..., None] for n, t in model.state().items()}):
+def test_state_that_does_not_fit_is_refused(learned):
+    before = learned.score(normal(seed=5))
+    for state in ({}, {"other": torch.ones(2)}, {n: t[..., None] for n, t in learned.state().items()}):
         with pytest.raises(ArtifactError):
-            model.load_state(state)
-    same(model.score(normal(seed=5)), before)
+            learned.load_state(state)
+    same(learned.score(normal(seed=5)), before)
 
 
 def test_constructor_arguments_are_stored_unchanged(make):
@@ -366,55 +374,8 @@ def test_constructor_arguments_are_stored_unchanged(make):
     assert repr(model).startswith(type(model).__name__)
 
 
-def test_names_and_errors_of_create():
-    assert "memory_bank" in models.names()
-    for name in models.names():
-        assert isinstance(models.create(name), Model)
-        assert models.create(name).name == name
-    with pytest.raises(InputError, match=r"unknown model 'bank'; one of .*memory_bank"):
-        models.create("bank")
-    with pytest.raises(InputError, match="memory_bank has no parameter kk; its parameters are n_neighbors"):
-        models.create("memory_bank", kk=3)
-
-
-def test_listing_names_loads_nothing_heavy():
-    code = "import sys, dinofast; dinofast.models.names(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({}, "names no model"),
-        ({"model": "future", "params": {}}, "unknown model 'future'"),
-        ({"model": "memory_bank", "params": {"future": 1}}, "no parameter future"),
-        ({"model": "memory_bank", "params": {"n_neighbors": "3"}}, "n_neighbors must be"),
-        ({"model": "memory_bank", "params": {"n_neighbors": 9}}, "M >= 9"),
-    ],
-)
-def test_file_whose_contents_do_not_fit_is_refused_by_name(tmp_path, config, message):
-    artifact.write(tmp_path / "odd", "model", {"bank": torch.ones(2, 3)}, config)
-    with pytest.raises(ArtifactError, match=f"odd: .*{message}"):
-        models.load(tmp_path / "odd")
-
-
-def test_class_load_refuses_another_model(tmp_path):
-    class Other(Model):
-        name = "other"
-
-    models.create("memory_bank").fit([normal()]).save(tmp_path / "a")
-    with pytest.raises(ArtifactError, match=r"a: holds a memory_bank, not a other"):
-        Other.load(tmp_path / "a")
-
-
-def test_features_beyond_float32_are_refused():
-    batch = Features(torch.full((1, 2, 2, 3), 1e39, dtype=torch.float64), None, (8, 8))
-    with pytest.raises(InputError, match="4 of 4 patches hold NaN or infinite features"):
-        models.create("memory_bank").fit([batch])
-
-
-def test_scoring_waits_for_no_value_unless_the_model_says_so(make):
-    model, features = make().fit([normal()]), normal(2, seed=5)
+def test_scoring_waits_for_no_value_unless_the_model_says_so(learned):
+    model, features = learned, normal(2, seed=5)
     searched = model.name in ("patchcore", "support_kmeans") or getattr(model, "n_neighbors", 1) > 1
     if "cpu" in ops.MISSING and searched and model.waits_for() is None:
         pytest.skip("without native kernels knn_topk runs as its reference, which waits")

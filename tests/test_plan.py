@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import Call
 from textures import weave
 
 import dinofast
@@ -205,23 +206,13 @@ def test_maps_take_rows_that_are_still_to_be_combined() -> None:
         assert OPS["upsample_blur"].workspace("cpu", *asked) == 2 * h * width * 4
 
 
-def test_the_command(saved: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dinofast.cli",
-        "plan",
-        str(saved),
-        "--size",
-        "96",
-        "128",
-        "--batch",
-        "2",
-    ]
-    command += ["--device", "cuda"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+def test_the_command(saved: Path, call: Call) -> None:
+    arguments = ["plan", str(saved), "--size", "96", "128", "--batch", "2", "--device", "cuda"]
+    command = [sys.executable, "-m", "dinofast.cli", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == dinofast.plan(saved, (96, 128), 2, device="cuda").to_dict()
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "MemoryBank() on efficientnet-lite0, float32, cuda" in said
-    assert "2 images of 96x128" in said
-    assert "peak bytes" in said
+    said = call(*arguments)
+    assert said.code == 0
+    assert "MemoryBank() on efficientnet-lite0, float32, cuda" in said.out
+    assert "2 images of 96x128" in said.out
+    assert "peak bytes" in said.out

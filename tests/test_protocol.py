@@ -6,7 +6,6 @@ import json
 import sys
 import time
 import tracemalloc
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from bmad_trees import LAYOUTS, bmad_tree, read
-from command_line import LITE, Call
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 from textures import save, spoiled
 
-from dinofast import Detector, models, protocol, published, scoreboard, trial
+from dinofast import Detector, models, protocol, scoreboard, trial
 from dinofast.backbone import Backbone
 from dinofast.data import Sample, bmad
 from dinofast.data.split import SplitSet
@@ -34,16 +32,6 @@ def truth(sample: Sample) -> np.ndarray:
     mask = sample.mask()
     assert mask is not None
     return mask
-
-
-@pytest.fixture(scope="module")
-def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bmad_tree(tmp_path_factory.mktemp("brain"))
-
-
-@pytest.fixture(scope="module")
-def report(brain: Path, lite0: Backbone) -> Report:
-    return protocol.run(Detector(lite0), bmad.load(brain))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -345,152 +333,6 @@ def test_without_scipy_the_run_says_so_first(
         protocol.run(detector, bmad.load(brain))
     assert not detector.model.is_fitted
     assert protocol.run(detector, bmad.load(brain), regions=False).pro is None
-
-
-# Published figures
-
-
-def test_published_rows_are_those_of_the_specification() -> None:
-    for name, dpmm, dilated, count in (
-        ("brain", (96.21, 43.43), (98.35, 72.42), 18),
-        ("liver", (95.46, 9.02), (96.39, 5.51), 20),
-        ("resc", (90.20, 41.66), (93.09, 42.34), 20),
-    ):
-        rows = {(row.source.key, row.method): row for row in published.rows(name)}
-        assert len(rows) == count
-        assert (rows["DPMM", "DPMM"].auroc, rows["DPMM", "DPMM"].aupr) == dpmm
-        found = rows["AR", "AR, dilated convolutions"]
-        assert (found.auroc, found.aupr) == dilated
-        assert all(0 < row.aupr < row.auroc < 100 for row in rows.values())
-    assert rows["DPMM", "DPMM"].dice == {0.1: 38.00, 0.05: 43.74, 0.01: 43.49}
-    assert rows["AR", "AR, dilated convolutions"].deviation == (0.19, 1.07)
-    assert (rows["DPMM", "DPMM"].runtime_ms, rows["DPMM", "DPMM"].memory_gb) == (58, 2.0)
-    assert (rows["AR", "AR, dilated convolutions"].runtime_ms, rows["AR+", "UTRAD"].runtime_ms) == (20, 42)
-    assert rows["AR+", "UTRAD"].memory_gb is None
-    assert published.rows(None) == published.rows("heart") == []
-
-
-def test_differences_are_measured_minus_published(report: Report) -> None:
-    rows = report.published
-    assert len(rows) == 18
-    assert [row["same_model"] for row in rows] == sorted((row["same_model"] for row in rows), reverse=True)
-    assert {row["model"] for row in rows if row["same_model"]} == {"memory_bank"}
-    assert {row["method"].split()[0] for row in rows if row["same_model"]} == {"AnomalyDINO,", "AnomalyDINO"}
-    assert {row["model"] for row in rows if row["method"].startswith("PatchCore")} == {"patchcore"}
-    by_key = {(row["source"]["key"], row["method"]): row for row in rows}
-    dpmm, ar = by_key["DPMM", "DPMM"], by_key["AR", "AR, dilated convolutions"]
-    assert dpmm["auroc_difference"] == pytest.approx(100 * report.pixel.auroc - 96.21)
-    assert dpmm["aupr_difference"] == pytest.approx(100 * report.pixel.aupr - 43.43)
-    assert dpmm["dice_difference"][0.01] == pytest.approx(100 * report.dice[2].dice - 45.87)
-    assert ar["aupr_difference"] == pytest.approx(100 * report.pixel.average_precision - 72.42)
-    assert (dpmm["same_size"], ar["same_size"]) == (True, False)
-
-
-# The command line
-
-
-@pytest.fixture
-def call(call: Call) -> Call:
-    """Run the protocol's command."""
-    return partial(call, "evaluate", "--protocol", "bmad")
-
-
-def test_the_command_writes_the_whole_report(call: Call, brain: Path, report: Report, tmp_path: Path) -> None:
-    out, saved, again = tmp_path / "a.json", tmp_path / "d.safetensors", tmp_path / "b.json"
-    first = call(brain, "memory_bank", *LITE, "--out", out, "--save", saved, "--json")
-    assert (first.code, first.err) == (0, "")
-    found = json.loads(first.out)
-    assert json.loads(out.read_text()) == found
-    assert found["protocol"] == "bmad"
-    assert found["pixel"]["auroc"] == pytest.approx(report.pixel.auroc, abs=1e-6)
-    assert found["pro"]["value"] == pytest.approx(report.pro.value, abs=1e-4)  # type: ignore[union-attr]
-    assert found["published"][0]["method"] == "AnomalyDINO, full bank"
-    assert len(found["images"]) == 5
-
-    second = call(brain, saved, "--against", out, "--out", again, "--json")
-    assert second.code == 0
-    tested = json.loads(again.read_text())
-    assert tested["against"]["auroc"]["p_value"] == tested["against"]["aupr"]["p_value"] == 1
-    assert tested["against"]["auroc"]["n_pairs"] == 3
-    assert tested["against"]["auroc"]["n_permutations"] == 10_000
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", "d.safetensors"}
-
-
-def test_the_command_for_people(call: Call, brain: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.json"
-    assert call(brain, "memory_bank", *LITE, "--out", out).code == 0
-    options = ("--param", "n_neighbors=2", "--thresholds", "patch", "--shots", 2, "--against", out)
-    found = call(brain, "memory_bank", *LITE, *options)
-    assert found.code == 0
-    head, measured, *_ = [line for line in found.out.splitlines() if line[:1] in "┃│"]
-    assert [cell.strip() for cell in head.strip("┃").split("┃")] == [
-        "method", "AUROC", "AUPR", "Dice@10%", "Dice@5%", "Dice@1%", "source",
-    ]  # fmt: skip
-    assert measured.startswith("│ this run ")
-    row = next(line for line in found.out.splitlines() if line.startswith("│ DPMM  "))
-    measured_auroc = float(measured.split("│")[2])
-    assert f"96.21 ({measured_auroc - 96.21:+.2f})" in row
-    assert "MemoryBank(n_neighbors=2)" in found.out
-    assert "Thresholds from the patch scores of 3 normal validation images" in " ".join(found.out.split())
-    assert "Paired permutation test" in found.out
-    assert "source DPMM: Schulthess & Konukoglu" in found.out
-    assert "note: the counts differ from BMAD's: train/good 3 for 7500" in found.out
-    assert "images learned, scored" in found.out
-    assert "│ 2, 5" in found.out
-
-
-def test_runs_that_cannot_be_compared(call: Call, brain: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.json"
-    assert call(brain, "memory_bank", *LITE, "--out", out, "--no-regions", "--json").code == 0
-    other = call(brain, "memory_bank", *LITE, "--against", out, "--map-size", "240")
-    assert (other.code, other.out) == (1, "")
-    assert "the runs differ in map_size, '240' and 'native'" in other.err
-    assert "check:" not in other.err
-    changed = json.loads(out.read_text())
-    changed["images"][0]["source"] = "test/good/img/other.png"
-    out.write_text(json.dumps(changed))
-    late = call(brain, "memory_bank", *LITE, "--against", out, "--out", tmp_path / "b.json", "--json")
-    assert late.code == 1
-    assert "2 images are in one run only, test/good/img/00009_60.png among them" in late.err
-    assert json.loads(late.out) == json.loads((tmp_path / "b.json").read_text())
-    unset = json.dumps({name: value for name, value in changed.items() if name != "set"})
-    loose = json.dumps(changed | {"settings": {}})
-    foreign = "is not a report of this protocol"
-    for text, message in (("{}", foreign), ("{", "is not JSON"), (unset, foreign), (loose, foreign)):
-        out.write_text(text)
-        assert message in call(brain, "memory_bank", *LITE, "--against", out).err
-    assert "cannot be read (No such file" in call(brain, "memory_bank", *LITE, "--against", "absent.json").err
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "message"),
-    [
-        (("absent", "memory_bank", *LITE), 1, "absent: no such folder; give the one that holds train"),
-        ((".", "foo", *LITE), 1, "unknown model 'foo'"),
-        ((".", "memory_bank", *LITE, "--masks", "128"), 1, "mask rule '128': one of any, 255"),
-        ((".", "memory_bank", *LITE, "--map-size", "1"), 1, "map size '1': one of native, 240, 224"),
-        ((".", "memory_bank", *LITE, "--set", "heart"), 1, "set 'heart': one of brain, liver, resc"),
-        ((".", "absent.safetensors"), 1, "absent.safetensors: no such file"),
-        ((".", "memory_bank", *LITE, "--out", "."), 1, ".: cannot be written"),
-        ((".", "d.safetensors", "--param", "n_neighbors=2", "--shots", "1"), 2, "--param, --shots: "),
-        ((".", "memory_bank", "--split", "test"), 2, "--split"),
-        ((".", "memory_bank", "--layers", "a"), 2, "--layers"),
-    ],
-)
-def test_what_the_command_refuses(
-    call: Call,
-    brain: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    args: tuple[str, ...],
-    code: int,
-    message: str,
-) -> None:
-    monkeypatch.chdir(brain)
-    monkeypatch.setenv("COLUMNS", "200")
-    found = call(*args)
-    assert (found.code, found.out) == (code, "")
-    assert message in found.err
-    assert "Traceback" not in found.err
 
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -1,9 +1,9 @@
 """What every model is: learns from normal features, stream-wise, then scores features; higher is abnormal.
 
 A subclass stores its constructor arguments unchanged under their own names and writes `_learn`,
-`_check_state`, `_patch_scores`, `_summarize` (or `_scores`), `n_channels` and, where it
-merges, `_merged`. What it learns is a dictionary of tensors, replaced as a whole and only when complete: a
-failed fit changes nothing.
+`_check_state`, `_patch_scores`, `n_channels` and, where it merges, `_merged`. It replaces `_summarize` where
+patch scores are summarized in another way, and `_scores` where images take more than these. What it learns is
+a dictionary of tensors, replaced as a whole and only when complete: a failed fit changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.interop import TensorBatches, takes_features
+from dinofast.models.image_score import top_percent
 from dinofast.models.tokens import check_finite_cls
+from dinofast.ops import upsample_blur
 from dinofast.types import Features, Scores
 
 if TYPE_CHECKING:
@@ -194,8 +196,6 @@ class Model(ABC):
             InputError: another class, other parameters, another D, one of the two is not fitted, or a kind of
                 model that does not merge.
         """
-        if not self.merges:
-            raise InputError(f"a {self.name} cannot be merged; fit one on all images instead.")
         if type(other) is not type(self):
             raise InputError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
         theirs = other.params()
@@ -285,7 +285,7 @@ class Model(ABC):
 
     def _merged(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Join the present state with another on the same device, where `merges`."""
-        raise NotImplementedError
+        raise InputError(f"a {self.name} cannot be merged; fit one on all images instead.")
 
     @abstractmethod
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
@@ -321,8 +321,8 @@ class Model(ABC):
         """Score the patches of checked features; gives (B, h, w) float32."""
 
     def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
-        """Turn patch scores (B, h, w) into image scores and maps."""
-        raise NotImplementedError
+        """Turn patch scores (B, h, w) into image scores, of the largest percent, and maps without a blur."""
+        return Scores(top_percent(patches), upsample_blur(patches, image_size, sigma=0.0))
 
 
 def broken_tokens(features: Features) -> Tensor:

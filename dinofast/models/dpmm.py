@@ -17,7 +17,6 @@ from dinofast.interop import takes_features
 from dinofast.models import mixture_start
 from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore
-from dinofast.models.image_score import top_percent
 from dinofast.models.iterative import Checkpoint, IterativeModel
 from dinofast.models.mixture import FLOAT32_FLOOR, Mixture, Rule, check_tensors, step
 from dinofast.models.mixture_scores import (
@@ -32,8 +31,7 @@ from dinofast.models.mixture_scores import (
 )
 from dinofast.models.params import check_choice, check_number, check_seed, check_whole
 from dinofast.models.tokens import prepared_tokens
-from dinofast.ops import upsample_blur
-from dinofast.types import Features, Scores
+from dinofast.types import Features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -369,9 +367,6 @@ class DPMM(IterativeModel):
     ) -> Tensor:
         tokens = self._prepared(tensor)
         return ask(tokens.flatten(0, 2), self._parts(rescaled)).view(tokens.shape[:3])
-
-    def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
-        return Scores(top_percent(patches), upsample_blur(patches, image_size, sigma=0.0))
 
     def _parts(self, rescaled: bool) -> Active:
         return self._active.of(self._state, self._rule, self.weight_threshold, rescaled)

@@ -14,12 +14,10 @@ from dinofast.errors import ArtifactError, InputError
 from dinofast.models import raster_checkpoint
 from dinofast.models.base import checked_stream
 from dinofast.models.feature_store import FeatureStore
-from dinofast.models.image_score import top_percent
 from dinofast.models.iterative import Checkpoint, IterativeModel
 from dinofast.models.raster_net import INITS, LOSSES, TAPS, RasterNet
 from dinofast.models.raster_training import Recipe, Run
-from dinofast.ops import upsample_blur
-from dinofast.types import Features, Scores
+from dinofast.types import Features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -259,9 +257,6 @@ class SpatialAR(IterativeModel):
             found.append(self._net(d, self.n_channels).errors(weights, x, x, self.loss))
         both = torch.stack(found)
         return (both.amin(dim=0) if self.direction == "min" else both.mean(dim=0)).clamp_min(0)
-
-    def _summarize(self, patches: Tensor, image_size: tuple[int, int]) -> Scores:
-        return Scores(top_percent(patches), upsample_blur(patches, image_size, sigma=0.0))
 
     def _net(self, direction: str, n_channels: int) -> RasterNet:
         widths = (n_channels, *[self.hidden] * (self.n_layers - 1), n_channels)

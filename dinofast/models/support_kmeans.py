@@ -16,6 +16,7 @@ from dinofast.models.foreground import RULES, check_intensity, foreground_by
 from dinofast.models.image_score import top_percent
 from dinofast.models.kmeans import check_arguments, kmeans
 from dinofast.models.params import check_number, check_seed
+from dinofast.models.similarity import AGGREGATES, aggregated, extremes, seen
 from dinofast.models.tokens import check_class_tokens, class_tokens
 from dinofast.ops import knn_topk, upsample_blur
 from dinofast.ops.rows import normalize_rows
@@ -23,7 +24,6 @@ from dinofast.ops.upsample_blur import MODES
 from dinofast.types import Features, Scores
 
 MATCH_DESCRIPTORS = ("cls", "mean_patch", "mean_foreground_patch")
-AGGREGATES = ("max", "mean")
 NORMALIZATIONS = ("none", "image", "dataset")
 IMAGE_SCORES = ("top-percent", "max")
 COMPAT: dict[str | None, dict[str, str]] = {
@@ -251,9 +251,7 @@ class SupportKMeans(Model):
                     blank += 1
                     continue
                 found = self._prototypes(rows)
-                own = self._similarity(
-                    rows, found, torch.ones(len(found), dtype=torch.bool, device=rows.device)
-                )
+                own = aggregated(rows, found, None, self._aggregate())
                 descriptors.append(vector.clone())
                 centroids.append(found.new_zeros(self.n_clusters, found.shape[1]))
                 centroids[-1][: len(found)] = found
@@ -332,7 +330,8 @@ class SupportKMeans(Model):
         centroids = state["centroids"][index].flatten(1, 2)
         slots = torch.arange(self.n_clusters, device=tensor.device)
         real = (slots < state["n_centroids"][index][..., None]).flatten(1)
-        similarity = self._similarity(unit.flatten(1, 2), centroids, real[:, None]).view(tensor.shape[:3])
+        similarity = aggregated(unit.flatten(1, 2), centroids, real[:, None], self._aggregate())
+        similarity = similarity.view(tensor.shape[:3])
         low, high = self._range(similarity, mask)
         span = torch.where(high - low > _ROUNDING, high - low, 1)
         scores = (high - similarity) / span
@@ -346,21 +345,8 @@ class SupportKMeans(Model):
         score = top_percent(patches) if self.image_score == "top-percent" else patches.amax(dim=(1, 2))
         return Scores(score, pixels)
 
-    def _similarity(self, unit: Tensor, centroids: Tensor, real: Tensor) -> Tensor:
-        """Aggregate cosines.
-
-        Args:
-            unit: (..., N, D), unit rows.
-            centroids: (..., K, D), unit rows.
-            real: broadcasts to (..., N, K), False where a centroid is none.
-
-        Returns:
-            (..., N), in [-1, 1].
-        """
-        cosine = (unit @ centroids.mT).clamp(-1, 1)
-        if (self.aggregate or COMPAT[self.compat]["aggregate"]) == "max":
-            return cosine.masked_fill(~real, -torch.inf).amax(dim=-1)
-        return cosine.masked_fill(~real, 0).sum(dim=-1) / real.sum(dim=-1)
+    def _aggregate(self) -> str:
+        return self.aggregate or COMPAT[self.compat]["aggregate"]
 
     def _normalize(self) -> str:
         return self.normalize or COMPAT[self.compat]["normalize"]
@@ -372,11 +358,7 @@ class SupportKMeans(Model):
         if self._normalize() == "dataset":
             ends = self.state()["similarity_range"]
             return ends[:, 0].min(), ends[:, 1].max()
-        if mask is None:
-            return similarity.amin(dim=(1, 2), keepdim=True), similarity.amax(dim=(1, 2), keepdim=True)
-        seen = mask | ~mask.any(dim=(1, 2), keepdim=True)
-        low = similarity.masked_fill(~seen, torch.inf).amin(dim=(1, 2), keepdim=True)
-        return low, similarity.masked_fill(~seen, -torch.inf).amax(dim=(1, 2), keepdim=True)
+        return extremes(similarity, mask)
 
     def _match(self, vectors: Tensor) -> Tensor:
         """Search the pool for all queries (B, E) at once; gives (B, n_support)."""
@@ -394,8 +376,7 @@ class SupportKMeans(Model):
             return normalize_rows(class_tokens(features))
         if mask is None or self.match_descriptor == "mean_patch":
             return normalize_rows(unit.mean(dim=(1, 2)))
-        seen = mask | ~mask.any(dim=(1, 2), keepdim=True)
-        return normalize_rows((unit * seen[..., None]).sum(dim=(1, 2)))
+        return normalize_rows((unit * seen(mask)[..., None]).sum(dim=(1, 2)))
 
     def _foreground(self, features: Features) -> Tensor | None:
         """Give (B, h, w) bool, True where a patch shows the object; None where all do."""

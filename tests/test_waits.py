@@ -1,0 +1,142 @@
+"""Triton kernels never wait for the device: run by the interpreter, with all that would wait refused."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from waits import interpret, nothing_waits
+
+from dinofast.errors import InputError
+
+pytest.importorskip("triton")
+
+
+def release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+interpretable = pytest.mark.skipif(
+    release("triton") < (3, 9) and release("numpy") >= (2, 4),
+    reason="the interpreter of Triton before 3.9 cannot count a loop's rounds under NumPy 2.4 and later",
+)
+
+SAMPLES = {
+    "cosine_max": ["5x2x33", "NaN and inf rows"],
+    "cosine_map": ["up 5x6 to 33x130", "masked"],
+    "knn_topk": ["5x2x33", "NaN and inf rows, k=2 sqeuclidean", "9x2100x33"],
+    "upsample_blur": ["no blur", "bilinear reflect"],
+    "farthest_point": ["first center, 33x7x33", "second center", "NaN row"],
+    "kmeans_step": ["33x7x33", "NaN and inf rows", "center without rows"],
+    "dpm_stats": ["diag 130x7x33", "spherical 130x7x33", "full 130x7x33", "full NaN row"],
+}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.cpu,
+        torch.Tensor.numpy,
+        torch.Tensor.nonzero,
+        bool,
+        float,
+        int,
+        lambda x: x[x > 0],
+        lambda x: torch.where(x > 0),
+    ],
+)
+def test_what_waits_is_refused(read) -> None:  # type: ignore[no-untyped-def]
+    x = torch.ones(())
+    with nothing_waits():
+        torch.where(x > 0, x, -x).sum().expand(3).contiguous()
+    refusal = pytest.raises((AssertionError, InputError), match=r"waits for the device|cannot be captured")
+    with refusal, nothing_waits():
+        read(x)
+
+
+@interpretable
+@pytest.mark.parametrize("name", SAMPLES)
+def test_no_operator_waits(name: str) -> None:
+    interpret(
+        f"""
+op = OPS[{name!r}]
+kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
+samples = {{sample.name: sample.args for sample in op.samples()}}
+for label in {SAMPLES[name]!r}:
+    wanted = kernel.run(*samples[label])  # fills what is cached for a device
+    with nothing_waits(label):
+        found = kernel.run(*samples[label])
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, wanted))):
+        assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)), label
+"""
+    )
+
+
+@interpretable
+def test_statistics_of_several_chunks_do_not_wait_and_their_memory_is_bounded() -> None:
+    interpret("""
+import triton.runtime.interpreter as interpreter
+from dinofast.kernels import dpm_stats
+from dinofast.memory_plan import _Counting
+kernel = next(kernel for kernel in OPS["dpm_stats"].kernels if kernel.backend == "triton")
+
+SHAPES = {"diag": "kd", "spherical": "k", "full": "kdd"}
+
+def shapes(n, k, d, kind):
+    wide = [{"k": k, "d": d}[letter] for letter in SHAPES[kind]]
+    return (n, d), (k, d), wide, (k,)
+
+for kind in SHAPES:
+    x, means, precisions, weights = (torch.rand(shape, generator=draw) for shape in shapes(70, 3, 2, kind))
+    precisions = precisions @ precisions.mT + torch.eye(2) if kind == "full" else precisions
+    args = x, means, precisions, weights, kind
+    whole = kernel.run(*args)
+    sizes = dict(dpm_stats.PAIRS)
+    dpm_stats.PAIRS.update(diagonal=1, full=1)  # chunks of 64 rows
+    with nothing_waits(kind):
+        found = kernel.run(*args)
+    dpm_stats.PAIRS.update(sizes)
+    assert torch.equal(found[0], whole[0])
+    torch.testing.assert_close(found[1:], whole[1:])
+
+interpreter.InterpretedFunction.__getitem__ = lambda self, grid: lambda *args, **options: None
+
+def peak(n, k, d, kind, dtype):
+    x, *parameters = (torch.empty(shape, device="meta") for shape in shapes(n, k, d, kind))
+    x = x.to(dtype)
+    with _Counting("cuda") as counting:
+        results = kernel.run(x, *parameters, kind)
+    return counting.peak
+
+MIB = 1 << 20
+for kind in ("diag", "spherical"):
+    for dtype in (torch.float32, torch.bfloat16):
+        took = peak(12288, 500, 384, kind, dtype)
+        pairs = 12288 * 500 * (4 + 2)  # where all pairs of a chunk have their place
+        assert pairs < took < pairs + 4 * MIB <= 64 * MIB, (kind, dtype, took / MIB)
+        assert peak(120_000, 500, 384, kind, dtype) <= 64 * MIB
+        assert peak(12288, 20_000, 8, kind, dtype) <= 64 * MIB
+""")
+
+
+@interpretable
+def test_loops_of_selection_and_searches_of_banks_do_not_wait() -> None:
+    interpret("""
+from dinofast.models.coreset import _one_by_one, k_center
+rows = torch.randn(90, 12, generator=draw)
+with ops.backend("triton"):
+    select, index = _one_by_one(rows, torch.tensor([4]), False), torch.empty(20, dtype=torch.int64)
+    with nothing_waits("k_center"):
+        select(index)
+    wanted = k_center(rows, 21, start=4)
+    assert wanted.tolist() == [4, *index.tolist()]
+    for bank in (ops.Bank(rows, strategy="lowp"), ops.Bank(rows.bfloat16()), ops.Bank(rows)):
+        wanted = ops.knn_topk(rows[:7] + 0.1, bank, 3)
+        with nothing_waits("Bank"):
+            found = ops.knn_topk(rows[:7] + 0.1, bank, 3)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted))
+        assert bank.candidates[0] >= 3
+""")

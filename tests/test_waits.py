@@ -140,3 +140,67 @@ with ops.backend("triton"):
         assert all(torch.equal(one, other) for one, other in zip(found, wanted))
         assert bank.candidates[0] >= 3
 """)
+
+
+DETECTOR = """
+from pathlib import Path as File
+from lanes import Lanes
+from textures import weave
+from dinofast import Detector, backbone, models
+from dinofast.capture.path import Path
+from dinofast.errors import InputError
+from waits import _Reads
+lite0 = backbone.load("efficientnet-lite0", size=64, device="cpu")
+"""
+SCORED = {
+    "memory_bank": ["", "n_neighbors=3", "metric='euclidean'"],
+    "patchcore": ["coreset_ratio=0.5"],
+    "dpmm": [f"n_components=3, n_epochs=1, scoring={how!r}" for how in ("cosine", "euclidean", "mixture")],
+    "spatial_ar": ["n_epochs=1, hidden=8, n_layers=2, dilations=1"],
+    "support_kmeans": ["match_descriptor='mean_foreground_patch', foreground='otsu'"],
+}
+
+
+@interpretable
+@pytest.mark.parametrize("name", SCORED)
+def test_no_scoring_path_of_a_captured_model_waits(name: str) -> None:
+    interpret(
+        DETECTOR
+        + f"""
+for params in {SCORED[name]!r}:
+    model = eval(f"models.create({name!r}, {{params}})")
+    detector = Detector(lite0, model).fit([weave(i, (64, 64)) for i in range(3)])
+    path, pixels = Path(lite0, detector.model, (64, 64)), torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    with ops.backend("triton"):
+        path(pixels)  # fills what is cached for a device
+        with _Reads():
+            path.check(pixels)
+"""
+    )
+
+
+@interpretable
+def test_a_bank_whose_rows_are_on_the_host_is_refused_before_recording() -> None:
+    interpret(
+        DETECTOR
+        + """
+detector = Detector(lite0, models.create("memory_bank", n_neighbors=2))
+detector.fit([weave(i, (64, 64)) for i in range(3)])
+with ops.backend("triton"):
+    bank = ops.Bank(detector.model.bank, strategy="lowp")
+type(detector.model)._searched = lambda self, metric: bank
+recorder = Lanes()
+with ops.backend("triton"):
+    captured = detector.capture((64, 64), recorder=recorder)
+    bank._coded._gathers = True  # as it does where rows are on the host and the device is another
+    recorder.events.clear()
+    try:
+        detector.capture((64, 64), recorder=recorder)
+    except InputError as error:
+        assert "Bank: cannot be captured: its rows are on cpu, from where the host" in str(error), error
+    else:
+        raise SystemExit("it was captured")
+    assert recorder.events == ["aside"], recorder.events
+    bank.search(detector.model.bank[:3], 2)  # without a graph it may
+"""
+    )

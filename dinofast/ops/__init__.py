@@ -11,7 +11,7 @@ from dinofast.ops.dpm_stats import dpm_stats as _dpm_stats
 from dinofast.ops.farthest_point import farthest_point as _farthest_point
 from dinofast.ops.kmeans_step import kmeans_step as _kmeans_step
 from dinofast.ops.knn_topk import knn_topk as _knn_topk
-from dinofast.ops.registry import MISSING, OPS, backend
+from dinofast.ops.registry import MISSING, OPS, backend, keeping
 from dinofast.ops.upsample_blur import upsample_blur as _upsample_blur
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "cosine_max",
     "dpm_stats",
     "farthest_point",
+    "keeping",
     "kmeans_step",
     "knn_topk",
     "upsample_blur",

@@ -49,7 +49,8 @@ class Bank:
     On a GPU, with Triton, "float32" and "lowp" scan rows there, list all that the proven bounds leave, and
     decide in float32: the same results, bit for bit, as from deciding all rows. "lowp" scans bfloat16 rows as
     they are, else int8 codes; rows on the host stay there and candidates are gathered. "auto" takes "lowp"
-    for bfloat16 rows and for 4096 rows or more, else "float32".
+    for bfloat16 rows and for 4096 rows or more, else "float32". Searches wait for nothing and can be recorded
+    in a CUDA graph, unless the rows are on the host.
 
     A bank on another device than the CPU is otherwise "float32", and so is any without the native kernels.
 

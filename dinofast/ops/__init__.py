@@ -5,6 +5,7 @@ They take torch tensors, and whatever `dinofast.interop.to_tensor` takes, such a
 
 from dinofast.ops.arrays import takes_arrays
 from dinofast.ops.bank import Bank
+from dinofast.ops.bank_size import bank_bytes
 from dinofast.ops.cosine_map import cosine_map as _cosine_map
 from dinofast.ops.cosine_max import cosine_max as _cosine_max
 from dinofast.ops.dpm_stats import dpm_stats as _dpm_stats
@@ -19,6 +20,7 @@ __all__ = [
     "OPS",
     "Bank",
     "backend",
+    "bank_bytes",
     "cosine_map",
     "cosine_max",
     "dpm_stats",

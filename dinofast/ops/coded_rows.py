@@ -126,6 +126,12 @@ def choose_codes(rows: Tensor, wanted: str, device: torch.device, few: int) -> t
     return "float32", reasons.get(wanted, f"{wanted!r} runs on the CPU only"), torch.float32
 
 
+def coded_bytes(m: int, d: int, kind: torch.dtype, metric: str, own: bool) -> int:
+    """Tell the bytes of `CodedRows.prepared`; `own` as for `encode`."""
+    numbers = 4 + 2 * (metric == "cosine")  # scale, norm, rest, half; and factors
+    return 4 * numbers * m + (0 if own else m * d * kind.itemsize + 4 * d)
+
+
 class CodedRows:
     """Search rows by their codes.
 

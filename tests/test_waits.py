@@ -6,9 +6,12 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from waits import interpret, nothing_waits
+from waits import interpret, nothing_waits, told
 
+from dinofast import ops
 from dinofast.errors import InputError
+from dinofast.ops.registry import OPS
+from dinofast.testing import as_tuple
 
 pytest.importorskip("triton")
 
@@ -24,12 +27,12 @@ interpretable = pytest.mark.skipif(
 
 SAMPLES = {
     "cosine_max": ["5x2x33", "NaN and inf rows"],
-    "cosine_map": ["up 5x6 to 33x130", "masked"],
-    "knn_topk": ["5x2x33", "NaN and inf rows, k=2 sqeuclidean", "9x2100x33"],
+    "cosine_map": ["down 9x11 to 4x5", "masked"],
+    "knn_topk": ["5x2x33", "NaN and inf rows, k=2 sqeuclidean", "33x7x33, k=2 euclidean"],
     "upsample_blur": ["no blur", "bilinear reflect"],
     "farthest_point": ["first center, 33x7x33", "second center", "NaN row"],
     "kmeans_step": ["33x7x33", "NaN and inf rows", "center without rows"],
-    "dpm_stats": ["diag 130x7x33", "spherical 130x7x33", "full 130x7x33", "full NaN row"],
+    "dpm_stats": ["diag variance 1e-6", "spherical NaN row", "full dead component"],
 }
 
 
@@ -57,22 +60,57 @@ def test_what_waits_is_refused(read) -> None:  # type: ignore[no-untyped-def]
         read(x)
 
 
+@pytest.fixture(scope="module")
+def waits_of_operators() -> dict[str, str]:
+    """What waited in each operator; nothing where nothing did."""
+    return told(f"""
+offered = {{name for name, op in OPS.items() if any(k.backend == "triton" for k in op.kernels)}}
+assert offered == {set(SAMPLES)!r}, offered
+
+def run(name, labels):
+    op = OPS[name]
+    kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
+    samples = {{sample.name: sample.args for sample in op.samples()}}
+    for label in labels:
+        wanted = as_tuple(kernel.run(*samples[label]))  # fills what is cached for a device
+        with nothing_waits(label):
+            found = as_tuple(kernel.run(*samples[label]))
+        for one, other in zip(found, wanted):
+            assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)), label
+
+tell({SAMPLES!r}, run)
+""")
+
+
 @interpretable
 @pytest.mark.parametrize("name", SAMPLES)
-def test_no_operator_waits(name: str) -> None:
-    interpret(
-        f"""
-op = OPS[{name!r}]
-kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
-samples = {{sample.name: sample.args for sample in op.samples()}}
-for label in {SAMPLES[name]!r}:
-    wanted = kernel.run(*samples[label])  # fills what is cached for a device
-    with nothing_waits(label):
-        found = kernel.run(*samples[label])
-    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, wanted))):
-        assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)), label
-"""
-    )
+def test_no_operator_waits(waits_of_operators: dict[str, str], name: str) -> None:
+    assert waits_of_operators[name] == ""
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_operator_is_recorded_in_a_graph(name: str) -> None:
+    op, device = OPS[name], torch.device("cuda")
+    kernel = next(kernel for kernel in op.kernels if kernel.backend == "triton")
+    samples = {sample.name: sample.args for sample in op.samples()}
+    for label in SAMPLES[name]:
+        args = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in samples[label])
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                wanted = as_tuple(kernel.run(*args))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with ops.keeping() as tables, torch.cuda.graph(graph):
+            found = as_tuple(kernel.run(*args))
+        for result in found:
+            result.fill_(7)
+        graph.replay()
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        del tables
 
 
 @interpretable
@@ -149,7 +187,7 @@ from textures import weave
 from dinofast import Detector, backbone, models
 from dinofast.capture.path import Path
 from dinofast.errors import InputError
-from waits import _Reads
+from waits import Reads
 lite0 = backbone.load("efficientnet-lite0", size=64, device="cpu")
 """
 SCORED = {
@@ -161,22 +199,31 @@ SCORED = {
 }
 
 
-@interpretable
-@pytest.mark.parametrize("name", SCORED)
-def test_no_scoring_path_of_a_captured_model_waits(name: str) -> None:
-    interpret(
+@pytest.fixture(scope="module")
+def waits_of_paths() -> dict[str, str]:
+    """What waited on the path of each model."""
+    return told(
         DETECTOR
         + f"""
-for params in {SCORED[name]!r}:
-    model = eval(f"models.create({name!r}, {{params}})")
-    detector = Detector(lite0, model).fit([weave(i, (64, 64)) for i in range(3)])
-    path, pixels = Path(lite0, detector.model, (64, 64)), torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-    with ops.backend("triton"):
-        path(pixels)  # fills what is cached for a device
-        with _Reads():
-            path.check(pixels)
+def run(name, choices):
+    for params in choices:
+        model = eval(f"models.create({{name!r}}, {{params}})")
+        detector = Detector(lite0, model).fit([weave(i, (64, 64)) for i in range(3)])
+        path, pixels = Path(lite0, detector.model, (64, 64)), torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+        with ops.backend("triton"):
+            path(pixels)  # fills what is cached for a device
+            with Reads():
+                path.check(pixels)
+
+tell({SCORED!r}, run)
 """
     )
+
+
+@interpretable
+@pytest.mark.parametrize("name", SCORED)
+def test_no_scoring_path_of_a_captured_model_waits(waits_of_paths: dict[str, str], name: str) -> None:
+    assert waits_of_paths[name] == ""
 
 
 @interpretable

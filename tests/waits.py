@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,8 +42,25 @@ from waits import nothing_waits
 draw = torch.Generator().manual_seed(3)
 """
 
+TELL = """
+import json
+import traceback
+from dinofast.testing import as_tuple
 
-class _Reads(TorchFunctionMode):
+def tell(cases, run):
+    found = dict.fromkeys(cases, "")
+    for name, case in cases.items():
+        try:
+            run(name, case)
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+"""
+
+
+class Reads(TorchFunctionMode):
+    """Refuses what takes values from a tensor."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -55,12 +73,12 @@ class _Reads(TorchFunctionMode):
 @contextmanager
 def nothing_waits(name: str = "this") -> Iterator[None]:
     """Fail at the first operation inside that waits, by InputError or AssertionError."""
-    with StaticOnly(name), _Reads():
+    with StaticOnly(name), Reads():
         yield
 
 
-def interpret(code: str) -> None:
-    """Run a script with all of this module in a process whose kernels the interpreter runs."""
+def interpret(code: str) -> str:
+    """Run a script with this module in a process whose kernels the interpreter runs; give what it prints."""
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", SETUP + code],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.fspath(Path(__file__).parent)},
@@ -69,3 +87,10 @@ def interpret(code: str) -> None:
         timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def told(code: str) -> dict[str, str]:
+    """Run a script that calls `tell`, which calls a function for each case; what went wrong, case by case."""
+    found: dict[str, str] = json.loads(interpret(TELL + code).splitlines()[-1])
+    return found

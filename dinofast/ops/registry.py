@@ -278,7 +278,7 @@ def kept(cached: T) -> T:
     """Pass on what a cache of device memory gave; a cache may let go of it, a recorded graph may not.
 
     Inside `keeping`, the block's owner decides how long it lives. Elsewhere, what a graph of the caller's own
-    reads is held for good: nobody tells when that graph is gone. That many tables are held, and no more.
+    reads is held for good, since nobody tells when that graph is gone: up to `MOST_HELD` tables, and no more.
 
     Raises:
         KernelError: a graph that is recorded outside `keeping` reads a table beyond those `MOST_HELD`.

@@ -11,7 +11,7 @@ from dinofast.kernels.tile import Variant
 from torch import Tensor
 
 PAIRS = {"diagonal": 1 << 23, "full": 1 << 22}
-"""Pairs held at a time: 6 bytes each, 14 for full covariance; 48 and 56 MiB."""
+"""Pairs held at a time, each in a place of its own: 6 bytes, 14 for full covariance; 48 and 56 MiB."""
 MOST_ROWS = 1 << 15
 """Rows in a chunk: int16 numbers them."""
 FEWEST_ROWS = 64
@@ -25,14 +25,12 @@ def dpm_stats(
     drop: float,
     log_likelihood: Tensor,
     sums: weighted_sums.Sums,
-) -> int:
+) -> None:
     """Fill log_likelihood (N,), count (K,), first (K, D) and second (K, D) or, for full, (K, D, D).
 
-    Channels of x must be contiguous, its rows may be strided; precisions (K,) are spherical. Everything is
-    launched before the call waits for the device.
-
-    Returns:
-        The first component whose precisions are not positive (definite); -1 if there is none.
+    Channels of x must be contiguous, its rows may be strided; precisions (K,) are spherical. Precisions that
+    are not positive (definite) make everything NaN. Nothing waits for the device: sizes of memory and of
+    launches follow from those of the arguments, and how many pairs matter is counted and read there.
     """
     n, k = x.shape[0], means.shape[0]
     model = (Full if precisions.dim() == 3 else Diagonal)(means, precisions, log_weights, drop)
@@ -50,8 +48,6 @@ def dpm_stats(
         else:
             model.assign(rows, weights, found)
         weighted_sums.add_up(rows, weights, index, used, sums, int(start > 0))
-    failed = model.failed != 0
-    return int(failed.int().argmax()) if bool(failed.any()) else -1
 
 
 def variants() -> list[Variant]:

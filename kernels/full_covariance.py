@@ -148,11 +148,7 @@ def divide(
 
 
 class Full:
-    """Components of full covariance, prepared once for all chunks of rows.
-
-    Attributes:
-        failed: (K,), not 0 where a precision is not positive definite.
-    """
+    """Components of full covariance, prepared once for all chunks of rows."""
 
     def __init__(self, means: Tensor, precisions: Tensor, log_weights: Tensor, drop: float) -> None:
         (k, d), device = means.shape, means.device
@@ -161,17 +157,17 @@ class Full:
         self.tail = min(d, TAIL)
         self.tails = torch.zeros((k, TAIL, TAIL), dtype=torch.bfloat16, device=device)
         self.size, trace = torch.empty((2, k), dtype=torch.float64, device=device).unbind()
-        self.failed = torch.empty(k, dtype=torch.int32, device=device)
+        failed = torch.empty(k, dtype=torch.int32, device=device)
         constants = log_weights.double() - d * (0.5 * math.log(2 * math.pi))
         step = max(1, FACTORED // d**2)
         for part in (slice(start, start + step) for start in range(0, k, step)):
-            factor, self.failed[part] = torch.linalg.cholesky_ex(precisions[part].double())
+            factor, failed[part] = torch.linalg.cholesky_ex(precisions[part].double())
             constants[part] += factor.diagonal(dim1=1, dim2=2).log().sum(1)
             last = factor[:, d - self.tail :, d - self.tail :]
             self.tails[part, : self.tail, : self.tail] = last
             self.size[part] = last.square().sum((1, 2)).sqrt()
             trace[part] = precisions[part].diagonal(dim1=1, dim2=2).sum(1)
-        broken = ~means.isfinite().all() | ~(constants < torch.inf).all()
+        broken = ~means.isfinite().all() | ~(constants < torch.inf).all() | (failed != 0).any()
         self.constants = constants.masked_fill(broken, torch.nan)
         fits = (self.size > 2**-60) & (self.size < 2**60)
         self.size = self.size.masked_fill(~fits, torch.inf).float()

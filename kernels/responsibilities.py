@@ -36,19 +36,18 @@ FAR = tl.constexpr(1024.0)
 
 @triton.jit
 def pack(
-    means, precisions, log_weights, center, constants, scale, linear, spread, failed,
+    means, precisions, log_weights, center, constants, scale, linear, spread,
     d, precision_stride, channel_stride, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Prepare one component: constants (K,) float64, λ and λ v (K, D) bfloat16, spread Σ λ v² (K,).
 
-    The constant is ln w + ½ Σ ln λ - ½ D ln 2π, NaN for parameters with NaN or inf; failed (K,) tells whether
-    a precision is not positive. Spread is inf where factors may leave the range of bfloat16.
+    The constant is ln w + ½ Σ ln λ - ½ D ln 2π, NaN for parameters with NaN or inf and for precisions that
+    are not positive. Spread is inf where factors may leave the range of bfloat16.
     """
     component = tl.program_id(0).to(tl.int64)
     log_det = tl.zeros((DEPTH,), tl.float64)
     total = tl.zeros((DEPTH,), tl.float64)
     broken = tl.zeros((DEPTH,), tl.int32)
-    negative = tl.zeros((DEPTH,), tl.int32)
     outside = tl.zeros((DEPTH,), tl.int32)
     for start in range(0, d, DEPTH):
         channel = start + tl.arange(0, DEPTH)
@@ -60,8 +59,8 @@ def pack(
         weighted = precision * gap
         log_det += tl.log(tl.where(precision > 0, precision, 1.0).to(tl.float64))
         total += weighted.to(tl.float64) * gap.to(tl.float64)
-        broken |= (~(tl.abs(mean) < float("inf")) | ~(precision < float("inf"))).to(tl.int32)
-        negative |= (~(precision > 0)).to(tl.int32)
+        possible = (precision > 0) & (precision < float("inf"))
+        broken |= (~(tl.abs(mean) < float("inf")) | ~possible).to(tl.int32)
         fits = (precision >= LEAST) & (precision <= MOST) & (tl.abs(weighted) <= MOST)
         outside |= (~fits).to(tl.int32)
         tl.store(scale + component * d + channel, precision.to(tl.bfloat16), mask=there)
@@ -71,7 +70,6 @@ def pack(
     tl.store(constants + component, tl.where(good, constant, float("nan")))
     held = tl.where(tl.max(outside, 0) > 0, float("inf"), tl.sum(total, 0))
     tl.store(spread + component, held.to(tl.float32))
-    tl.store(failed + component, tl.max(negative, 0))
 
 
 @triton.jit
@@ -319,11 +317,10 @@ class Diagonal:
         self.scale, self.linear = torch.empty((2, k, d), dtype=torch.bfloat16, device=device).unbind()
         self.constants = torch.empty(k, dtype=torch.float64, device=device)
         self.spread = torch.empty(k, dtype=torch.float32, device=device)
-        self.failed = torch.empty(k, dtype=torch.int32, device=device)
         self.error = 2**-7 * (1 + 2**-5) + (d + 16) * 2**-21
         pack[(k,)](
             means, precisions, log_weights, self.center, self.constants, self.scale, self.linear, self.spread,
-            self.failed, d, *self.strides, PACK_DEPTH, **OPTIONS,
+            d, *self.strides, PACK_DEPTH, **OPTIONS,
         )  # fmt: skip
 
     def bound(self, rows: Tensor, bounds: Tensor) -> None:
@@ -352,7 +349,6 @@ def variants() -> list[Variant]:
     packed = {"center": table, "constants": wide, "scale": half, "linear": half, "spread": table, "d": whole}
     strides = {"precision_stride": whole, "channel_stride": size}
     signature = packed | strides | {"means": table, "precisions": table, "log_weights": table}
-    signature |= {"failed": "*i32:16"}
     found = [Variant("dpm_stats.pack", pack, signature, {"DEPTH": PACK_DEPTH}, OPTIONS)]
     for name in DTYPES.values():
         common = {"rows": f"*{name}:16", "bounds": table, "n": size, "k": size, "row_stride": whole}

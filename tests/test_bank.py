@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import Bank, knn_topk, mapped_rows, providers
-from dinofast.ops.bank import knn_bank
+from dinofast.ops.bank_choice import knn_bank
 from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk_bank import FORMS

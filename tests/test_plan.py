@@ -17,11 +17,13 @@ from command_line import Call
 from textures import weave
 
 import dinofast
-from dinofast import Detector, backbone, models
+from dinofast import Detector, backbone, models, ops
 from dinofast.backbone import Backbone
 from dinofast.backbone.efficientnet import EfficientNetLite0
 from dinofast.errors import ArtifactError, InputError
-from dinofast.ops import MISSING, OPS, providers
+from dinofast.ops import MISSING, OPS, bank_size, providers
+from dinofast.ops.bank import STRATEGIES
+from dinofast.ops.bank_size import groups_pay
 
 NORMAL = [weave(i) for i in range(4)]
 MIB = 1 << 20
@@ -87,31 +89,123 @@ def test_every_model_is_told(
     maps = 4 * 200 * 150
     assert four.model_workspace >= max(one.model_workspace, 4 * maps)
     both = max(one.backbone_workspace, one.model_workspace)
+    assert one.preparing_bytes == one.prepared_bytes  # these banks are too small to be prepared
     assert one.peak_bytes == one.backbone_bytes + one.model_bytes + one.prepared_bytes + both
     json.dumps(one.to_dict())
 
 
 @pytest.mark.skipif(bool(providers.no_codes(232)), reason=str(providers.no_codes(232)))
 @pytest.mark.parametrize("clustered", [False, True])
-def test_a_bank_that_a_cpu_prepares_is_counted(tmp_path: Path, clustered: bool) -> None:
+@pytest.mark.parametrize("m", [5000, 30_000])
+def test_a_bank_that_a_cpu_prepares_is_told_within_a_tenth(tmp_path: Path, m: int, clustered: bool) -> None:
     model = models.create("memory_bank")
-    rows = torch.randn(5000, 232)
-    if clustered:
-        rows = torch.randn(50, 232).repeat(100, 1) + 0.05 * rows
-    model.load_state({"bank": torch.nn.functional.normalize(rows, dim=1)})
+    model.load_state({"bank": bank_rows(m, 232, clustered)})
     path = tmp_path / "model.safetensors"
     model.save(path)
     cpu, cuda = (dinofast.plan(path, (96, 96), backbone=name, device=device) for name, device in (
         ("efficientnet-lite0", "cpu"), ("efficientnet-lite0", "cuda"),
     ))  # fmt: skip
     assert cuda.prepared_bytes == 0
-    assert cpu.model_bytes == cuda.model_bytes == 4 * 5000 * 232
+    assert cuda.preparing_bytes == 0
+    assert cpu.model_bytes == cuda.model_bytes == 4 * m * 232
     found = model._searched("cosine")
     assert not isinstance(found, torch.Tensor)
     assert (found.strategy == "pruned") == clustered
     held = found.nbytes - found.rows.nbytes
-    most = 1.4 if clustered else 2.7  # without groups there are neither outlines nor padding
-    assert held <= cpu.prepared_bytes <= most * held
+    assert 0.9 * held <= cpu.prepared_bytes <= 1.1 * held
+    assert cpu.peak_bytes >= cpu.backbone_bytes + cpu.model_bytes + cpu.preparing_bytes
+
+
+@pytest.mark.skipif(bool(providers.no_codes(64)), reason=str(providers.no_codes(64)))
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("m", [300, 9000])
+def test_banks_of_every_strategy_are_told_within_a_tenth(m: int, metric: str) -> None:
+    for clustered in (True, False):
+        rows = bank_rows(m, 64, clustered)
+        grouped = groups_pay(rows, metric)
+        for strategy in STRATEGIES:
+            bank = ops.Bank(rows, metric, strategy)
+            told = ops.bank_bytes(m, 64, metric, strategy, grouped=grouped)
+            assert set(told) == {"cpu"}
+            assert 0.9 * bank.nbytes <= told["cpu"] <= 1.1 * bank.nbytes, (strategy, bank.strategy)
+            assert grouped == (m >= 4096 and clustered)
+            if strategy in ("float32", "lowp"):
+                assert told["cpu"] == bank.nbytes
+        half = ops.bank_bytes(m, 64, metric, "lowp", torch.bfloat16)["cpu"]  # a CPU keeps float32
+        assert ops.Bank(rows.bfloat16(), metric, "lowp").nbytes == half
+
+
+def test_a_sample_leaves_it_open_whether_groups_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "no_codes", lambda d: "")
+    monkeypatch.setattr(providers, "has_int8", lambda: True)
+    for many, few, wanted in ((0.7, 9.9, True), (0.9, 0.9, False), (0.9, 1.5, True), (1.4, 1.5, False)):
+        costs = {bank_size.SAMPLED: many, bank_size.SAMPLED // 4: few}
+        monkeypatch.setattr(bank_size, "_cost", lambda rows, most, *_, costs=costs: costs[most])
+        assert groups_pay(torch.empty(100_000, 8, device="meta"), "cosine") == wanted, (many, few)
+
+
+DEVICES = """
+from dinofast.ops import Bank, backend, bank_bytes
+import torch
+with backend("triton"):
+    for m, d in ((70, 20), (200, 48)):
+        for metric in ("cosine", "euclidean"):
+            for dtype in (torch.float32, torch.bfloat16):
+                for strategy in ("auto", "float32", "lowp"):
+                    rows = torch.randn(m, d).to(dtype)
+                    bank = Bank(rows, metric, strategy)
+                    told = bank_bytes(m, d, metric, strategy, dtype, "cuda")
+                    assert told == {"cuda": bank.nbytes}, (m, metric, dtype, strategy, told, bank.nbytes)
+                codes = Bank(rows, metric, "lowp")
+                if dtype == torch.float32:  # the codes of rows on the host are the same, on the device
+                    told = bank_bytes(m, d, metric, "lowp", dtype, "cpu", "cuda")
+                    assert told == {"cpu": rows.nbytes, "cuda": codes.nbytes - rows.nbytes}
+told = bank_bytes(7_680_000, 384, strategy="lowp", device="cuda")
+assert told["cuda"] <= 3.5e9 and told["cpu"] == 4 * 7_680_000 * 384
+assert bank_bytes(7_680_000, 384, dtype=torch.bfloat16, rows_on="cuda")["cuda"] <= 6.5e9
+half = bank_bytes(100, 384, "cosine", "lowp", torch.bfloat16, "cpu", "cuda")
+assert half == {"cpu": 2 * 100 * 384, "cuda": 100 * 384 + 4 * (6 * 100 + 384)}
+"""
+
+
+def test_banks_on_a_device_are_told_exactly() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", "-c", DEVICES]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.bank_bytes(0, 8),
+        lambda: ops.bank_bytes(8, 8, "dot"),
+        lambda: ops.bank_bytes(8, 8, device="tpu"),
+    ],
+)
+def test_banks_that_cannot_be_are_not_told(call: Any) -> None:
+    with pytest.raises(InputError, match="bank_bytes: no Bank of"):
+        call()
+
+
+@pytest.mark.skipif(bool(providers.no_codes(232)), reason=str(providers.no_codes(232)))
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks")
+@pytest.mark.parametrize("clustered", [False, True])
+def test_preparing_and_searching_a_bank_take_what_was_told(tmp_path: Path, clustered: bool) -> None:
+    m, path = 50_000, tmp_path / "model.safetensors"
+    model = models.create("memory_bank")
+    model.load_state({"bank": bank_rows(m, 232, clustered)})
+    model.save(path)
+    told = dinofast.plan(path, (96, 96), backbone="efficientnet-lite0", device="cpu")
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment["OMP_NUM_THREADS"] = "1"
+    script = Path(__file__).parent / "measured_peak.py"
+    command = [sys.executable, str(script), str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    measured = json.loads(done.stdout)
+    assert 0.75 * measured <= told.preparing_bytes <= 1.25 * measured
+    assert measured >= told.prepared_bytes
 
 
 def test_tensors_stay_in_the_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +259,15 @@ def test_bad_questions(saved: Path, tmp_path: Path, lite0: Backbone) -> None:
     other = backbone.load("efficientnet-lite0", size=64, device="cpu")
     with pytest.raises(ArtifactError, match="was fitted with efficientnet-lite0"):
         dinofast.plan(saved, (96, 96), backbone=other)
+
+
+def bank_rows(m: int, d: int, clustered: bool) -> torch.Tensor:
+    """Unit rows by a seed: far from each other, or 50 clusters."""
+    draw = torch.Generator().manual_seed(0)
+    made = torch.randn(m, d, generator=draw)
+    if clustered:
+        made = torch.randn(50, d, generator=draw)[torch.arange(m) % 50].add_(made, alpha=0.05)
+    return torch.nn.functional.normalize(made, dim=1)
 
 
 def rows(n: int) -> torch.Tensor:

@@ -148,6 +148,23 @@ def test_weights_live_as_long_as_a_graph_that_reads_them(monkeypatch, capturing)
     assert gone() is None
 
 
+def test_graphs_recorded_outside_keeping_hold_so_many_weights_and_no_more(monkeypatch):
+    monkeypatch.setattr(registry, "_HELD", {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    tables = [torch.zeros(i) for i in range(registry.MOST_HELD + 1)]
+    for _ in range(2):
+        for table in tables[:-1]:
+            registry.kept(table)
+    with pytest.raises(KernelError, match=r"64 tables .* outside dinofast\.ops\.keeping\(\), and another"):
+        registry.kept(tables[-1])
+    assert len(registry._HELD) == registry.MOST_HELD
+    assert registry.kept(tables[3]) is tables[3]
+    with ops.keeping() as held:
+        assert registry.kept(tables[-1]) is tables[-1]
+    assert held == tables[-1:]
+
+
 def test_the_reference_keeps_its_weights_too():
     with registry.keeping() as held, ops.backend("reference"):
         ops.upsample_blur(torch.ones(1, 3, 4), (31, 29), sigma=1.5)

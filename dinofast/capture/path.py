@@ -14,6 +14,7 @@ from dinofast.backbone.preprocess import normalize, patch_gray
 from dinofast.capture.static import StaticOnly
 from dinofast.errors import InputError
 from dinofast.models.base import Model, broken_tokens
+from dinofast.ops.registry import static
 from dinofast.types import Features
 
 
@@ -63,11 +64,11 @@ class Path:
         """
         watch = StaticOnly(repr(self._model))
         if self._backbone.compile_mode is None:
-            with watch:
+            with static(), watch:
                 self(rgb)
             return
         features = self._features(rgb)  # the compiler must not see the watch
-        with watch:
+        with static(), watch:
             self._scored(features)
 
     @torch.no_grad()

@@ -218,12 +218,16 @@ class Model(ABC):
         return self
 
     def prepared_bytes(self, device: str) -> int:
-        """Tell what a fitted model makes for its searches and keeps beside its state, at most.
+        """Tell what a fitted model makes for its searches and keeps beside its state.
 
         Args:
             device: "cpu" or "cuda", where it would score.
         """
         return 0
+
+    def preparing_bytes(self, device: str) -> int:
+        """Tell the most that it takes beside its state while that is made, what is kept included."""
+        return self.prepared_bytes(device)
 
     def state(self) -> dict[str, Tensor]:
         """Give everything learned, name -> tensor, not copied.

@@ -219,11 +219,16 @@ class MemoryBank(SearchedModel):
         scores[mask] = distance
         return scores
 
+    @property
+    def _metric_searched(self) -> str:
+        return "sqeuclidean" if self.metric == "euclidean" else "cosine"
+
     def _distance(self, queries: Tensor) -> Tensor:
         """Score float32 queries (Q, D); gives (Q,)."""
         k = self.n_neighbors
         if self.metric == "euclidean":
-            return knn_topk(queries, self._searched("sqeuclidean"), k, "sqeuclidean")[0].mean(dim=1).sqrt()
+            metric = self._metric_searched
+            return knn_topk(queries, self._searched(metric), k, metric)[0].mean(dim=1).sqrt()
         if k == 1 and not (self.bank.is_cpu and len(self.bank) >= FEW):
             return 1 - cosine_max(queries, self.bank)[0]
         return knn_topk(queries, self._searched("cosine"), k)[0].mean(dim=1)

@@ -227,7 +227,7 @@ class PatchCore(SearchedModel):
 
     def _search(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give patch scores (B, h, w), what was searched for (B, h, w, D), and the nearest rows (B, h, w)."""
-        pooled, metric = self._pool(tensor), self._rule("metric")
+        pooled, metric = self._pool(tensor), self._metric_searched
         distance, index = knn_topk(pooled.flatten(0, 2), self._searched(metric), self.n_neighbors, metric)
         grid = tensor.shape[:3]
         return distance.mean(dim=1).view(grid), pooled, index[:, 0].view(grid)
@@ -237,6 +237,11 @@ class PatchCore(SearchedModel):
         return Scores(
             patches.amax(dim=(1, 2)), upsample_blur(patches, image_size, self.sigma, mode, boundary)
         )
+
+    @property
+    def _metric_searched(self) -> str:
+        metric: str = self._rule("metric")
+        return metric
 
     def _rule(self, option: str) -> Any:
         """Give an argument, or what `compat` says where it is None."""

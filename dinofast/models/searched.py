@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from dinofast.errors import InputError
 from dinofast.models.base import Model
 from dinofast.ops import Bank, providers
 from dinofast.ops.bank import FEW
-from dinofast.ops.bank_forms import form_bytes
+from dinofast.ops.bank_size import bank_bytes, building_bytes, groups_pay
 
 _LOG = logging.getLogger("dinofast.models")
 
@@ -47,12 +48,25 @@ class SearchedModel(Model):
         """
         return self.state()["bank"]
 
+    @property
+    @abstractmethod
+    def _metric_searched(self) -> str:
+        """The metric by which rows are searched."""
+
     def prepared_bytes(self, device: str) -> int:
-        """Tell the bytes of a prepared bank beside the rows, at most."""
-        m, d = self.bank.shape
-        if device != "cpu" or m < FEW or providers.no_codes(d):
+        """Tell the bytes of a prepared bank beside the rows, from a sample of them; see `groups_pay`."""
+        if device != "cpu":
             return 0
-        return form_bytes(m, d)
+        try:
+            grouped = groups_pay(self.bank, self._metric_searched)
+        except InputError:  # no bank will be made of such rows
+            return 0
+        m, d = self.bank.shape
+        return bank_bytes(m, d, self._metric_searched, grouped=grouped)["cpu"] - self.bank.nbytes
+
+    def preparing_bytes(self, device: str) -> int:
+        """Tell the most bytes that making the prepared bank takes beside the rows, the bank included."""
+        return building_bytes(*self.bank.shape) if device == "cpu" else 0
 
     def _searched(self, metric: str) -> Tensor | Bank:
         """Give the rows for `knn_topk` by one metric, prepared where that pays."""

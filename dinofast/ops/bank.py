@@ -12,11 +12,11 @@ from torch import Tensor
 from dinofast import artifact
 from dinofast.errors import ArtifactError, InputError
 from dinofast.ops import providers
+from dinofast.ops.bank_choice import grouped_search, held_rows, knn_bank, visited_share, worthwhile
 from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.bank_rows import check_finite, check_prepared, keep_half, prepare
 from dinofast.ops.coded_rows import CodedRows, choose_codes
 from dinofast.ops.knn_topk import METRICS
-from dinofast.ops.knn_topk_bank import FORMS
 from dinofast.ops.mapped_rows import MappedRows
 from dinofast.ops.registry import MISSING
 
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "float32", "lowp", "pruned", "approximate")
 FEW = 4096  # rows below which the automatic choice prepares nothing
-WORTHWHILE = {True: 0.8, False: 0.2}
-"""Cost relative to comparing all codes below which groups pay: with int8 hardware, without."""
-DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
-PRODUCT = 4  # that of a float32 product
-HELD = 192  # rows that the automatic choice and the recall are measured on
 PROBES = 8  # groups that an approximate search looks into
 
 
@@ -49,7 +44,8 @@ class Bank:
     On a GPU, with Triton, "float32" and "lowp" scan rows there, list all that the proven bounds leave, and
     decide in float32: the same results, bit for bit, as from deciding all rows. "lowp" scans bfloat16 rows as
     they are, else int8 codes; rows on the host stay there and candidates are gathered. "auto" takes "lowp"
-    for bfloat16 rows and for 4096 rows or more, else "float32".
+    for bfloat16 rows and for 4096 rows or more, else "float32". Searches wait for nothing and can be recorded
+    in a CUDA graph, unless the rows are on the host.
 
     A bank on another device than the CPU is otherwise "float32", and so is any without the native kernels.
 
@@ -311,15 +307,12 @@ class Bank:
         self._use([rows], strategy, reason, start)
 
     def _choose(self, packed: list[Tensor], start: float) -> None:
-        visited = knn_bank(_held(packed[0]), packed, 2, self.metric, 0)[2]
-        share = _share(visited, len(packed[0]))
-        int8 = providers.has_int8()
-        cost = _cost(visited, packed)
-        if cost < WORTHWHILE[int8]:
+        share, cost = grouped_search(packed, self.metric)
+        if worthwhile(cost):
             self._use(packed, "pruned", f"a search visits {share:.1%} of the rows", start)
             return
         reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
-        if int8:
+        if providers.has_int8():
             rows = packed[0]
             packed.clear()  # groups pad their rows: packed without them, codes take less
             self._use(pack(rows, self.metric, None), "lowp", reason, start)
@@ -327,7 +320,7 @@ class Bank:
             self._use(packed[:1], "float32", reason, start)
 
     def _measure_recall(self, packed: list[Tensor]) -> float:
-        queries = _held(packed[0])
+        queries = held_rows(packed[0])
         if len(packed[0]) == 1:  # there is no other row to be found
             return 1.0
         exact = knn_bank(queries, packed, 2, self.metric, 0)[0][:, 1]
@@ -349,29 +342,8 @@ class Bank:
         probes = PROBES if self.strategy == "approximate" else 0
         distance, index, visited = knn_bank(queries, self.packed, k, self.metric, probes)
         if len(queries):
-            self.visited_share = min(_share(visited, len(self)), 1.0)
+            self.visited_share = min(visited_share(visited, len(self)), 1.0)
         return distance, index
-
-
-def knn_bank(
-    queries: Tensor, packed: list[Tensor], k: int, metric: str, probes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call the operator on the tensors of a bank."""
-    distance, index, visited = torch.ops.dinofast.knn_topk_bank.default(queries, packed, k, metric, probes)
-    return distance, index, visited
-
-
-def _share(visited: Tensor, m: int) -> float:
-    return float(visited.double().mean(0).max()) / m
-
-
-def _cost(visited: Tensor, packed: list[Tensor]) -> float:
-    """Estimate the cost of a search by groups, relative to comparing all codes."""
-    forms = dict(zip(FORMS, packed, strict=True))
-    m, d = packed[0].shape
-    outlines, codes, decided = (visited.double().mean(0) / m).tolist()
-    channels, groups = forms["basis"].shape[1], len(forms["radius"])
-    return float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
 
 
 def _no_codes(rows: Tensor) -> str:
@@ -379,8 +351,3 @@ def _no_codes(rows: Tensor) -> str:
     if rows.device.type != "cpu":
         return f"the rows are on {rows.device}"
     return providers.no_codes(rows.shape[1])
-
-
-def _held(rows: Tensor) -> Tensor:
-    """Take up to `HELD` rows, evenly."""
-    return rows[:: max(1, rows.shape[0] // HELD)][:HELD]

@@ -114,12 +114,16 @@ def pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None
     return packed
 
 
-def form_bytes(m: int, d: int) -> int:
-    """Tell the bytes that the forms of M grouped rows take beside the rows, at most.
+def form_bytes(m: int, d: int, grouped: bool) -> int:
+    """Tell the bytes that the forms of M rows take beside the rows.
 
-    Each group is padded by all but one column of a panel; rows that are not grouped take less.
+    The last panel of a group is taken to be half full: grouped, that is within a tenth. Rows that are not
+    grouped have neither outlines nor such padding, and are told exactly.
     """
-    groups, depth, width = group_count(m), _depth(d), providers.int8_columns()
-    columns = (m + groups * (width - 1)) // width * width
-    column = 4 * ((d + 3) // 4) + 4 * outline_quads(depth) + 44  # codes, and 4 + 6 numbers and a row number
+    width, column = providers.int8_columns(), 4 * ((d + 3) // 4) + 20  # codes, 3 numbers and a row number
+    if not grouped:
+        return (m + width - 1) // width * width * column + 4 * (d + 1)
+    groups, depth = group_count(m), _depth(d)
+    columns = m + groups * (width - 1) // 2
+    column += 4 * outline_quads(depth) + 24
     return columns * column + 4 * (groups * (d + 1) + d * (1 + depth) + 4) + 8 * (groups + 1)

@@ -12,6 +12,7 @@ from dinofast.errors import InputError
 from dinofast.ops import providers
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.mapped_rows import search_blocks
+from dinofast.ops.registry import is_static
 from dinofast.ops.rows import require
 
 MOST_K = 64
@@ -125,6 +126,12 @@ def choose_codes(rows: Tensor, wanted: str, device: torch.device, few: int) -> t
     return "float32", reasons.get(wanted, f"{wanted!r} runs on the CPU only"), torch.float32
 
 
+def coded_bytes(m: int, d: int, kind: torch.dtype, metric: str, own: bool) -> int:
+    """Tell the bytes of `CodedRows.prepared`; `own` as for `encode`."""
+    numbers = 4 + 2 * (metric == "cosine")  # scale, norm, rest, half; and factors
+    return 4 * numbers * m + (0 if own else m * d * kind.itemsize + 4 * d)
+
+
 class CodedRows:
     """Search rows by their codes.
 
@@ -185,7 +192,21 @@ class CodedRows:
         return torch.where(center.isfinite(), center, 0.0)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Answer `knn_topk` for queries (Q, D); its errors, and on a GPU no wait where rows are there too."""
+        """Answer `knn_topk` for queries (Q, D).
+
+        On a GPU nothing waits where rows are there too. Rows on the host are gathered by the host, which has
+        to know the candidates: such a search waits for the device once for each 65536 of them.
+
+        Raises:
+            InputError: the rows are on the host, and a recorded graph, or one to be, may not wait for it.
+            RuntimeError: see `knn_topk`.
+        """
+        if self._gathers and is_static():
+            raise InputError(
+                f"Bank: cannot be captured: its rows are on {self.rows.device}, from where the host gathers "
+                f"candidates for {self.device}, and a recorded graph cannot wait for it; make the Bank of "
+                "rows on the GPU, or search without a graph."
+            )
         (m, d), metric = self.rows.shape, self.metric
         shape, kind = tuple(queries.shape), queries.dtype
         require(queries.dim() == 2 and shape[-1] == d, lambda: f"knn_topk: queries {shape}, bank {(m, d)}")

@@ -16,6 +16,8 @@ def cosine_map(
 ) -> Tensor:
     """Map every patch to 1 − its best cosine similarity, then upsample bilinearly.
 
+    On a GPU it reads tables of weights from a cache: record it in a CUDA graph inside `dinofast.ops.keeping`.
+
     Args:
         features: (B, h, w, D), float32, bfloat16, float16 or float64.
         prototypes: (K, D), K >= 1, same dtype and device; both are normalized inside.

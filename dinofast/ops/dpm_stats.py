@@ -41,12 +41,13 @@ def dpm_stats(
         second: Σ_i r_ik x_i² (K, D) for "diag"; Σ_i r_ik |x_i|² (K,) for "spherical"; Σ_i r_ik x_i x_iᵀ
             (K, D, D) for "full".
         All float32 (float64 for float64 arguments). A row with NaN or inf has log-likelihood NaN and makes
-        every sum NaN; parameters with NaN or inf, log-weights of −inf aside, make everything NaN. With no
-        rows the sums are 0.
+        every sum NaN; parameters with NaN or inf, log-weights of −inf aside, make everything NaN. So do
+        precisions that are not positive (definite) where a Triton kernel serves the call: it waits for
+        nothing on the device, and can be recorded in a CUDA graph. With no rows the sums are 0.
 
     Raises:
         RuntimeError: wrong dimensions, dtype, device or covariance type; precisions that are not positive
-            (definite).
+            (definite), where no Triton kernel serves the call.
 
     References:
         Schulthess and Konukoglu, "Anomaly detection by clustering DINO embeddings using a Dirichlet process
@@ -160,13 +161,6 @@ def negligible_nats(components: int) -> float:
     All that is left out together holds less than 2⁻³² of a row's responsibilities.
     """
     return 32 * math.log(2) + math.log(components)
-
-
-def require_positive(failed: int, covariance_type: str) -> None:
-    """Raise RuntimeError if `failed`, a component with precisions that are not positive, is not −1."""
-    if covariance_type == "full":
-        require_definite(failed)
-    require(failed < 0, lambda: "dpm_stats: precisions must be positive")
 
 
 def require_definite(failed: int) -> None:

@@ -34,7 +34,10 @@ MISSING: dict[str, str] = {}
 _LIBRARY: Any = cast(Any, torch.library.Library)("dinofast", "DEF")
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
 _KEEPING: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("dinofast_kept", default=None)
+_STATIC: contextvars.ContextVar[bool] = contextvars.ContextVar("dinofast_static", default=False)
 _HELD: dict[int, object] = {}
+MOST_HELD = 64
+"""Tables that are held for graphs recorded outside `keeping`."""
 _LOG = logging.getLogger("dinofast.ops")
 
 
@@ -252,7 +255,17 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def keeping() -> Iterator[list[object]]:
-    """Collect what the kernels inside read from caches, for who records them and keeps it as long as that."""
+    """Collect the tables that kernels inside read from caches, for a CUDA graph that is recorded there.
+
+    A cache lets go of tables that were not used for long; a graph reads them at every replay. So keep the
+    list as long as the graph. `Detector.capture` does.
+
+    Yields:
+        The list; it grows while the block runs.
+
+    >>> with keeping() as tables:  # and inside it `with torch.cuda.graph(graph):`
+    ...     map = torch.ops.dinofast.upsample_blur(torch.ones(1, 3, 4), [31, 29], 1.5, "bilinear", "reflect")
+    """
     found: list[object] = []
     token = _KEEPING.set(found)
     try:
@@ -265,14 +278,42 @@ def kept(cached: T) -> T:
     """Pass on what a cache of device memory gave; a cache may let go of it, a recorded graph may not.
 
     Inside `keeping`, the block's owner decides how long it lives. Elsewhere, what a graph of the caller's own
-    reads is held for good: nobody tells when that graph is gone.
+    reads is held for good, since nobody tells when that graph is gone: up to `MOST_HELD` tables, and no more.
+
+    Raises:
+        KernelError: a graph that is recorded outside `keeping` reads a table beyond those `MOST_HELD`.
     """
     found = _KEEPING.get()
     if found is not None:
         found.append(cached)
-    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+    elif _is_recording():
+        if len(_HELD) >= MOST_HELD and id(cached) not in _HELD:
+            raise KernelError(
+                f"{MOST_HELD} tables of weights are held for CUDA graphs that were recorded outside "
+                "dinofast.ops.keeping(), and another would be; record inside it, and keep the list that it "
+                "gives as long as the graph."
+            )
         _HELD[id(cached)] = cached
     return cached
+
+
+@contextmanager
+def static() -> Iterator[None]:
+    """Have what is inside refuse to wait for the device, as if it were recorded in a graph."""
+    token = _STATIC.set(True)
+    try:
+        yield
+    finally:
+        _STATIC.reset(token)
+
+
+def is_static() -> bool:
+    """Tell whether the caller may not wait: inside `static`, or while a CUDA graph is recorded."""
+    return _STATIC.get() or _is_recording()
+
+
+def _is_recording() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def choose(op: Op, args: tuple[Any, ...]) -> Kernel:

@@ -32,6 +32,8 @@ def upsample_blur(
 ) -> Tensor:
     """Resize patch maps to pixels, then blur them with a Gaussian truncated at 4 sigma.
 
+    On a GPU it reads tables of weights from a cache: record it in a CUDA graph inside `dinofast.ops.keeping`.
+
     Args:
         map: (B, h, w), float32, bfloat16, float16 or float64.
         size: (H, W) in pixels, each at least 1.

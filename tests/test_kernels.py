@@ -372,6 +372,25 @@ def test_the_bank_is_split_so_that_no_multiprocessor_is_idle():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+OLD_GPU = """
+from types import SimpleNamespace
+import torch
+from dinofast.ops import OPS
+torch.cuda.get_device_capability, torch.cuda.get_device_name = lambda _: (7, 5), lambda _: "Tesla T4"
+old = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+for name, op in OPS.items():
+    for kernel in (kernel for kernel in op.kernels if kernel.backend == "triton"):
+        print(name, kernel.refuse(old))
+"""
+
+
+def test_every_kernel_refuses_a_gpu_that_triton_does_not_serve():
+    run = run_python("-c", OLD_GPU, TRITON_INTERPRET="1")
+    told = dict(line.split(" ", 1) for line in run.stdout.splitlines())
+    assert set(told) == {name for name in OPERATORS if " " not in name}, run.stderr
+    assert all("Tesla T4 has compute capability 7.5" in reason for reason in told.values())
+
+
 BLOCKS = """
 import torch
 from dinofast.kernels.resample import blocks

@@ -34,7 +34,8 @@ LAUNCHES = {
     (torch.float16, False): Launch(128, 128, 32, 1, _WIDE),
     (torch.float16, True): Launch(64, 64, 64, 1, OPTIONS),
 }
-"""(dtype, more than one neighbor) -> the launch of `scan`; none spills a register on sm_80, 90 or 100."""
+"""(dtype, more than one neighbor) -> the launch of `scan`; none spills a register on sm_80, 90 or 100.
+A tile has at least MAX_K columns, so that only the last part may have fewer than k rows."""
 NORM_ROWS, NORM_DEPTH = 16, 128
 DECIDE_DEPTH = 64
 DECIDE_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
@@ -202,7 +203,6 @@ def decide(
         entry = start + tl.arange(0, CHUNK)
         used = (entry < parts * SLOTS) & (entry % SLOTS < k)
         key = tl.load(keys + row * parts * SLOTS + entry, mask=used, other=NONE)
-        key = tl.where(key >> 32 == 0x7FFFFFFF, NONE, key)  # the part has fewer than k rows
         kept, worst = keep_least(kept, worst, key, SLOTS)
     present = slot < k
     broken = tl.min(tl.where(present, kept, NONE), 0) >> 32 == -0x80000000

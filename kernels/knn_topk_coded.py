@@ -165,9 +165,9 @@ def rescore(
         if number > 0:
             label = tl.load(row_of + place, mask=wanted, other=0).to(tl.int64)
             at = tl.load(at_of + place, mask=wanted, other=0).to(tl.int64)
+            power, unit = factors_of(first, second, label, wanted, METRIC, CHUNK)
             total = direct(
-                queries, rows, row, at, wanted, query_first, query_second,
-                *factors_of(first, second, label, wanted, METRIC, CHUNK),
+                queries, rows, row, at, wanted, query_first, query_second, power, unit,
                 d, query_stride, rows_stride, METRIC, CHUNK, DEPTH,
             )  # fmt: skip
             key = tl.where(wanted, (ordered(total).to(tl.int64) << 32) + label, NONE)
@@ -194,9 +194,9 @@ def exhaust(
         for start in range(part * share, end, CHUNK):
             at = (start + tl.arange(0, CHUNK)).to(tl.int64)
             present = at < end
+            power, unit = factors_of(first, second, at, present, METRIC, CHUNK)
             total = direct(
-                queries, rows, row, at, present, query_first, query_second,
-                *factors_of(first, second, at, present, METRIC, CHUNK),
+                queries, rows, row, at, present, query_first, query_second, power, unit,
                 d, query_stride, rows_stride, METRIC, CHUNK, DEPTH,
             )  # fmt: skip
             key = tl.where(present, (ordered(total).to(tl.int64) << 32) + at + offset, NONE)

@@ -163,6 +163,8 @@ queries, bank = (torch.randn(n, 40, generator=draw) for n in (70, 700))
 bank[300:364] = bank[:64]
 asked = [(queries, bank, k, metric) for k, metric in ((1, "cosine"), (3, "sqeuclidean"), (20, "cosine"))]
 asked.append((queries[:1].half(), bank.half(), 1, "euclidean"))
+asked.append((queries[:3], bank[:130], 20, "euclidean"))  # the last part has two rows
+assert all(launch.columns >= knn_topk.MAX_K for launch in knn_topk.LAUNCHES.values())
 found = []
 for count in (1, 3, 132):
     schedule.INTERPRETED = count

@@ -3,6 +3,7 @@
 FLOAT32: int
 BFLOAT16: int
 FLOAT16: int
+ARCHS: tuple[int, ...]
 
 def driver_problem() -> str: ...
 def cosine_max(

@@ -29,13 +29,14 @@ def info() -> dict[str, Any]:
     """Tell versions, devices, threads, instruction set, and which backend computes which operator.
 
     Returns:
-        JSON types. "backends" maps each backend to "found" or the reason why it is missing; "operators" maps
-        each operator to its kernels in the order in which they are tried. Where `DINOFAST_ISA` or
-        `DINOFAST_BACKEND` cannot be used, "instruction_set" or "forced_backend" says why.
+        JSON types. "backends" maps each backend to "found", with the reason why it does not run on a GPU that
+        is here, or to the reason why it is missing; "operators" maps each operator to its kernels in the
+        order in which they are tried. Where `DINOFAST_ISA` or `DINOFAST_BACKEND` cannot be used,
+        "instruction_set" or "forced_backend" says why.
     """
     offered = {kernel.backend for op in ops.OPS.values() for kernel in op.kernels}
     backends = {
-        name: "found" if name in offered else ops.MISSING.get(name, "offers no kernel here")
+        name: _found(name) if name in offered else ops.MISSING.get(name, "offers no kernel here")
         for name in ops.registry.BACKENDS
     }
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -53,6 +54,13 @@ def info() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "packages": {name: _version(name) for name in OPTIONAL},
     }
+
+
+def _found(backend: str) -> str:
+    ask = ops.registry.DEVICES.get(backend)
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count() if ask else 0)]
+    problems = [f"not on {device}: {why}" for device in devices if ask is not None and (why := ask(device))]
+    return "; ".join(["found", *problems])
 
 
 def _told(question: Callable[[], str | None]) -> str | None:

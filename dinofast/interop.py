@@ -17,8 +17,9 @@ References:
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound=Callable[..., Any])
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__")
 _ON_CPU, _ON_CUDA = 1, (2, 13)
 """Device types of DLPack; 13 is memory that the driver moves."""
@@ -151,6 +153,26 @@ def takes_features(method: Callable[P, R]) -> Callable[P, R]:
     return taking
 
 
+def on_callers_stream(target: C) -> C:
+    """Run a function, or every public method of a class, on the stream of the arrays that it is given.
+
+    The stream is that of the first array among the arguments, see above, those inside lists, tuples and
+    mappings included; `call` does so for functions of tensors. The arguments go in as they are.
+    """
+    if inspect.isclass(target):
+        for name, method in list(vars(target).items()):
+            if inspect.isfunction(method) and (name in ("__init__", "__call__") or name[:1] != "_"):
+                setattr(target, name, on_callers_stream(method))
+        return cast(C, target)
+
+    @functools.wraps(target)
+    def running(*args: Any, **kwargs: Any) -> Any:
+        with on_stream_of(next(_arrays_in((*args, *kwargs.values())), None)):
+            return target(*args, **kwargs)
+
+    return cast(C, running)
+
+
 class TensorBatches:
     """A stream of features as tensors, and from the first batch on work on the stream of its arrays.
 
@@ -229,6 +251,12 @@ def _torch_stream(address: int, device: int) -> torch.cuda.Stream:
     if address in (0, 1):
         return torch.cuda.default_stream(device)
     return torch.cuda.ExternalStream(address, device)  # type: ignore[no-untyped-call]
+
+
+def _arrays_in(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        inside = value.values() if isinstance(value, Mapping) else value
+        yield from filter(is_array, inside if isinstance(value, list | tuple | Mapping) else [value])
 
 
 def _array_of(value: Any) -> Any:

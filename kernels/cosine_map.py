@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from dinofast.kernels import cosine_max, resample
 from dinofast.kernels.resample import Axis
-from dinofast.kernels.tile import BROKEN, DTYPES, Variant, interpretable, keep_best, load_rows
+from dinofast.kernels.tile import (
+    BROKEN,
+    DTYPES,
+    Variant,
+    interpretable,
+    keep_best,
+    load_rows,
+    peak_factor,
+    unit_factor,
+)
 from torch import Tensor
 
 ROWS, COLUMNS = 16, 32
@@ -26,26 +35,6 @@ FUSED_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 ONE_WAVE = 132
 """Programs that run at once on the GPU in mind (H200). With more of them the patches scored twice cost more
 than the second launch; no GPU has compared the two yet."""
-
-
-@triton.jit
-def peak_factor(rows, row, n, d, stride, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Give `first` of `row_scales`, NaN for a row with NaN or inf."""
-    peak = tl.zeros((ROWS,), tl.float32)
-    broken = tl.zeros((ROWS,), tl.int32)
-    for start in range(0, d, DEPTH):
-        x = tl.abs(load_rows(rows, row, start + tl.arange(0, DEPTH), n, d, stride).to(tl.float32))
-        broken = tl.maximum(broken, tl.max((~(x < float("inf"))).to(tl.int32), 1))
-        peak = tl.maximum(peak, tl.max(tl.where(x < float("inf"), x, 0.0), 1))
-    exponent = peak.to(tl.int32, bitcast=True) >> 23
-    factor = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-    return tl.where(broken > 0, float("nan"), factor)
-
-
-@triton.jit
-def unit_factor(squares):
-    """Give the reciprocal norm, 0 for a zero row."""
-    return tl.where(squares == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(squares == 0, 1.0, squares))))
 
 
 @triton.jit

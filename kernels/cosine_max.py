@@ -1,4 +1,4 @@
-"""cosine_max: programs split over rows and, when rows are few, over prototypes; a second kernel merges."""
+"""cosine_max: persistent programs over rows and, when rows are few, parts of the prototypes; then a merge."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from dinofast.kernels.schedule import Launch, schedule
 from dinofast.kernels.tile import (
     BROKEN,
     DTYPES,
@@ -13,52 +14,51 @@ from dinofast.kernels.tile import (
     SCALE_DEPTH,
     SCALE_ROWS,
     Variant,
+    cosines,
+    far_scaled,
     interpretable,
     keep_best,
-    load_scaled,
     row_scales,
     scale_factors,
 )
 from torch import Tensor
 
-ROWS, COLUMNS = 64, 64
-DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+LAUNCHES = {
+    torch.float32: Launch(64, 64, 16, 1, {**OPTIONS, "maxnreg": 168}),
+    torch.bfloat16: Launch(64, 64, 64, 2, {**OPTIONS, "maxnreg": 128}),
+    torch.float16: Launch(64, 64, 64, 2, {**OPTIONS, "maxnreg": 128}),
+}
 MERGE_ROWS = 128
-SPLITS = 64
-"""Most parts into which the prototypes are split."""
-PROGRAMS = 512
-"""Programs that keep a large GPU busy."""
 
 
 @triton.jit
 def best(
-    features, prototypes, feature_first, feature_second, prototype_first, prototype_second,
-    values, indices, n, k, d, feature_stride, prototype_stride, share,
+    features, prototypes, feature_first, feature_second, values, indices,
+    n, k, d, feature_stride, prototype_stride, share, blocks, parts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Find the best of `share` prototypes for ROWS features; one row of values (parts, n) a part."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(1)
-    begin = part * share
-    end = tl.minimum(begin + share, k)
-    feature_unit = tl.load(feature_second + row, mask=row < n, other=0.0)
-    value = tl.full((ROWS,), float("-inf"), tl.float32)
-    index = tl.zeros((ROWS,), tl.int32)
-    for start in range(begin, end, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        product = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for depth in range(0, d, DEPTH):
-            channel = depth + tl.arange(0, DEPTH)
-            x = load_scaled(features, feature_first, row, channel, n, d, feature_stride)
-            y = load_scaled(prototypes, prototype_first, column, channel, end, d, prototype_stride)
-            product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
-        prototype_unit = tl.load(prototype_second + column, mask=column < end, other=0.0)
-        similarity = product * feature_unit[:, None] * prototype_unit[None, :]
-        similarity = tl.where((column < end)[None, :], similarity, float("-inf"))
-        value, index = keep_best(value, index, similarity, column)
-    offset = part.to(tl.int64) * n + row
-    tl.store(values + offset, value, mask=row < n)
-    tl.store(indices + offset, index, mask=row < n)
+    """Find the best of `share` prototypes for ROWS features, item after item; values (parts, n)."""
+    for item in tl.range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
+        part = item // blocks
+        row = item % blocks * ROWS + tl.arange(0, ROWS)
+        begin = part * share
+        end = tl.minimum(begin + share, k)
+        first = tl.load(feature_first + row, mask=row < n, other=0.0)
+        second = tl.load(feature_second + row, mask=row < n, other=0.0)
+        far = far_scaled(first, second)
+        value = tl.full((ROWS,), float("-inf"), tl.float32)
+        index = tl.zeros((ROWS,), tl.int32)
+        for start in range(begin, end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            similarity = cosines(
+                features, prototypes, row, column, n, end, d, feature_stride, prototype_stride,
+                first, second, far, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+            similarity = tl.where((column < end)[None, :], similarity, float("-inf"))
+            value, index = keep_best(value, index, similarity, column)
+        offset = part.to(tl.int64) * n + row
+        tl.store(values + offset, value, mask=row < n)
+        tl.store(indices + offset, index, mask=row < n)
 
 
 @triton.jit
@@ -84,16 +84,14 @@ def cosine_max(features: Tensor, prototypes: Tensor, similarity: Tensor, index: 
     if n == 0:
         return
     features, prototypes = interpretable(features, prototypes)
-    blocks = triton.cdiv(n, ROWS)
-    parts = max(1, min(SPLITS, triton.cdiv(k, COLUMNS), PROGRAMS // blocks))
-    share = triton.cdiv(triton.cdiv(k, COLUMNS), parts) * COLUMNS
-    parts = triton.cdiv(k, share)
+    launch = LAUNCHES[features.dtype]
+    programs, blocks, parts, share = schedule(features.device, launch, n, k)
     values = torch.empty((parts, n), dtype=torch.float32, device=features.device)
     indices = torch.empty((parts, n), dtype=torch.int32, device=features.device)
-    best[(blocks, parts)](
-        features, prototypes, *scale_factors(features), *scale_factors(prototypes), values, indices,
-        n, k, d, features.stride(0), prototypes.stride(0), share,
-        ROWS, COLUMNS, DEPTH[features.dtype], **OPTIONS,
+    best[(programs,)](
+        features, prototypes, *scale_factors(features), values, indices,
+        n, k, d, features.stride(0), prototypes.stride(0), share, blocks, parts,
+        launch.rows, launch.columns, launch.depth, **launch.options,
     )  # fmt: skip
     merge[(triton.cdiv(n, MERGE_ROWS),)](values, indices, similarity, index, n, parts, MERGE_ROWS, **OPTIONS)
 
@@ -107,14 +105,11 @@ def variants() -> list[Variant]:
         signature = {"rows": rows, "n": size, "d": whole, "stride": whole, "first": factor, "second": factor}
         constants = {"ROWS": SCALE_ROWS, "DEPTH": SCALE_DEPTH}
         found.append(Variant(f"cosine_max.row_scales {name}", row_scales, signature, constants, OPTIONS))
-        signature = {
-            "features": rows, "prototypes": rows, "feature_first": factor, "feature_second": factor,
-            "prototype_first": factor, "prototype_second": factor, "values": factor, "indices": index,
-            "n": size, "k": size, "d": whole,
-            "feature_stride": whole, "prototype_stride": whole, "share": whole,
-        }  # fmt: skip
-        constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH[dtype]}
-        found.append(Variant(f"cosine_max.best {name}", best, signature, constants, OPTIONS))
+        signature = {"features": rows, "prototypes": rows, "values": factor, "indices": index}
+        signature |= {"feature_first": factor, "feature_second": factor}
+        signature |= dict.fromkeys(("n", "k", "blocks", "parts"), size)
+        signature |= dict.fromkeys(("d", "feature_stride", "prototype_stride", "share"), whole)
+        found.append(LAUNCHES[dtype].variant(f"cosine_max.best {name}", best, signature, {}))
     signature = {"values": factor, "indices": index, "similarity": factor, "number": "*i64:16"}
     signature |= {"n": size, "parts": size}
     found.append(Variant("cosine_max.merge", merge, signature, {"ROWS": MERGE_ROWS}, OPTIONS))

@@ -14,21 +14,29 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dinofast.kernels.knn_topk import DECIDE_DEPTH, DECIDE_OPTIONS, MAX_K, direct
-from dinofast.kernels.tile import Variant, interpretable, load_rows, ordered
+from dinofast.kernels.knn_topk import (
+    COSINE,
+    DECIDE_DEPTH,
+    DECIDE_OPTIONS,
+    MAX_K,
+    NONE,
+    direct,
+    empty_keys,
+    keep_least,
+)
+from dinofast.kernels.schedule import Launch, schedule
+from dinofast.kernels.tile import OPTIONS, Variant, interpretable, load_rows, ordered
 from torch import Tensor
 
 SIEVES = {
-    torch.int8: (64, 64, 64, {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}),
-    torch.bfloat16: (64, 64, 64, {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}),
-    torch.float32: (32, 64, 16, {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}),
+    torch.int8: Launch(64, 64, 64, 1, {**OPTIONS, "maxnreg": 240}),
+    torch.bfloat16: Launch(64, 64, 64, 1, {**OPTIONS, "maxnreg": 240}),
+    torch.float32: Launch(32, 64, 16, 1, {**OPTIONS, "num_stages": 2, "maxnreg": 168}),
 }
-"""Codes -> queries, columns and channels of a block, and options: they spill no register on sm_80, 90, 100.
-No GPU has compared them yet, nor the five numbers below."""
+"""Codes -> the launch of `sieve`: none spills a register on sm_80, 90 or 100. No GPU has compared them yet,
+nor the numbers below."""
 PARTS = 64
-"""Most parts into which the bank is split."""
-PROGRAMS = 512
-"""Programs that keep a large GPU busy."""
+"""Most parts into which the bank is split where all rows are decided."""
 STRIDE = 16
 """One block of columns in so many is looked at before the scan, for bounds to begin with."""
 ROOM = 256
@@ -36,14 +44,13 @@ ROOM = 256
 CHUNK = 16
 """Rows that are decided at a time."""
 DECIDE_FEW_OPTIONS = DECIDE_OPTIONS | {"num_warps": 2}
-NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the key of no row
 
 
 @triton.jit
 def sieve(
     queries, codes, query_scale, query_norm, query_rest, query_error, scale, norm, rest, half,
     start_from, lowest, upper_of, row_of, listed,
-    q, m, d, query_stride, codes_stride, share, step, k, parts, room, gamma, tiny,
+    q, m, d, query_stride, codes_stride, share, step, k, blocks, parts, room, gamma, tiny,
     LIST: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -52,90 +59,83 @@ def sieve(
     With LIST, also list the rows that may reach them: row_of and upper_of (q, parts, room), and their number,
     listed (q, parts), those without room included. Looks at COLUMNS rows, then goes on by `step`.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(1)
-    begin = part * share
-    end = tl.minimum(begin + share, m)
-    inside = row < q
-    x_scale = tl.load(query_scale + row, mask=inside, other=0.0)
-    x_norm = tl.load(query_norm + row, mask=inside, other=0.0)
-    x_rest = tl.load(query_rest + row, mask=inside, other=0.0)
-    x_error = tl.load(query_error + row, mask=inside, other=0.0)
-    worst = tl.load(start_from + row, mask=inside, other=float("inf"))
-    slot = tl.zeros((ROWS, SLOTS), tl.int32) + tl.arange(0, SLOTS)[None, :]
-    kept = tl.where(slot < k, worst[:, None], float("inf"))
-    count = tl.zeros((ROWS,), tl.int32)
-    place = (row.to(tl.int64) * parts + part) * room
-    for first in range(begin, end, step):
-        column = first + tl.arange(0, COLUMNS)
-        if codes.dtype.element_ty == tl.int8:
-            product = tl.zeros((ROWS, COLUMNS), tl.int32)
-        else:
-            product = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for depth in range(0, d, DEPTH):
-            channel = depth + tl.arange(0, DEPTH)
-            x = load_rows(queries, row, channel, q, d, query_stride)
-            y = load_rows(codes, column, channel, end, d, codes_stride)
+    for item in tl.range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
+        part = item // blocks
+        row = item % blocks * ROWS + tl.arange(0, ROWS)
+        begin = part * share
+        end = tl.minimum(begin + share, m)
+        inside = row < q
+        x_scale = tl.load(query_scale + row, mask=inside, other=0.0)
+        x_norm = tl.load(query_norm + row, mask=inside, other=0.0)
+        x_rest = tl.load(query_rest + row, mask=inside, other=0.0)
+        x_error = tl.load(query_error + row, mask=inside, other=0.0)
+        worst = tl.load(start_from + row, mask=inside, other=float("inf"))
+        slot = tl.zeros((ROWS, SLOTS), tl.int32) + tl.arange(0, SLOTS)[None, :]
+        kept = tl.where(slot < k, worst[:, None], float("inf"))
+        count = tl.zeros((ROWS,), tl.int32)
+        place = (row.to(tl.int64) * parts + part) * room
+        for first in range(begin, end, step):
+            column = first + tl.arange(0, COLUMNS)
             if codes.dtype.element_ty == tl.int8:
-                product = tl.dot(x, tl.trans(y), product)
+                product = tl.zeros((ROWS, COLUMNS), tl.int32)
             else:
-                product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
-        present = column < end
-        y_norm = tl.load(norm + column, mask=present, other=0.0)
-        y_rest = tl.load(rest + column, mask=present, other=0.0)
-        y_half = tl.load(half + column, mask=present, other=float("inf"))
-        y_scale = tl.load(scale + column, mask=present, other=0.0)
-        y_error = gamma * y_norm * y_norm + tiny
-        slack = x_rest[:, None] * y_norm[None, :] + x_norm[:, None] * y_rest[None, :]
-        score = product.to(tl.float32) * y_scale[None, :] * x_scale[:, None] - y_half[None, :]
-        upper = score + (slack + y_error[None, :])
-        reaches = ~(upper < (worst - x_error)[:, None]) & present[None, :]  # NaN bounds nothing: it reaches
-        if tl.max(tl.max(reaches.to(tl.int32), 1), 0) > 0:
-            lower = score - (slack + y_error[None, :])
-            lower = tl.where(present[None, :] & (lower == lower), lower, float("-inf"))
-            best = tl.max(lower, 1)
-            enters = best > worst
-            while tl.max(enters.to(tl.int32), 0) > 0:
-                out = tl.min(tl.where(kept == worst[:, None], slot, SLOTS), 1)
-                kept = tl.where(enters[:, None] & (slot == out[:, None]), best[:, None], kept)
-                worst = tl.min(kept, 1)
-                at = tl.min(tl.where(lower == best[:, None], column[None, :], 0x7FFFFFFF), 1)
-                lower = tl.where(column[None, :] == at[:, None], float("-inf"), lower)
+                product = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for depth in range(0, d, DEPTH):
+                channel = depth + tl.arange(0, DEPTH)
+                x = load_rows(queries, row, channel, q, d, query_stride)
+                y = load_rows(codes, column, channel, end, d, codes_stride)
+                if codes.dtype.element_ty == tl.int8:
+                    product = tl.dot(x, tl.trans(y), product)
+                else:
+                    product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
+            present = column < end
+            y_norm = tl.load(norm + column, mask=present, other=0.0)
+            y_rest = tl.load(rest + column, mask=present, other=0.0)
+            y_half = tl.load(half + column, mask=present, other=float("inf"))
+            y_scale = tl.load(scale + column, mask=present, other=0.0)
+            y_error = gamma * y_norm * y_norm + tiny
+            slack = x_rest[:, None] * y_norm[None, :] + x_norm[:, None] * y_rest[None, :]
+            score = product.to(tl.float32) * y_scale[None, :] * x_scale[:, None] - y_half[None, :]
+            upper = score + (slack + y_error[None, :])
+            reaches = ~(upper < (worst - x_error)[:, None]) & present[None, :]  # NaN bounds nothing
+            if tl.max(tl.max(reaches.to(tl.int32), 1), 0) > 0:
+                lower = score - (slack + y_error[None, :])
+                lower = tl.where(present[None, :] & (lower == lower), lower, float("-inf"))
                 best = tl.max(lower, 1)
                 enters = best > worst
-            if LIST:
-                hit = (~(upper < (worst - x_error)[:, None]) & present[None, :] & inside[:, None]).to(
-                    tl.int32
-                )
-                entry = count[:, None] + tl.cumsum(hit, 1) - hit
-                fits = (hit > 0) & (entry < room)
-                columns = tl.zeros((ROWS, COLUMNS), tl.int32) + column[None, :]
-                tl.store(row_of + place[:, None] + entry, columns, mask=fits)
-                tl.store(upper_of + place[:, None] + entry, upper, mask=fits)
-                count += tl.sum(hit, 1)
-    if LIST:
-        tl.store(listed + row.to(tl.int64) * parts + part, count, mask=inside)
-    place = (row.to(tl.int64)[:, None] * parts + part) * SLOTS + tl.arange(0, SLOTS)[None, :]
-    tl.store(lowest + place, kept, mask=inside[:, None] & (slot < k))
+                while tl.max(enters.to(tl.int32), 0) > 0:
+                    out = tl.min(tl.where(kept == worst[:, None], slot, SLOTS), 1)
+                    kept = tl.where(enters[:, None] & (slot == out[:, None]), best[:, None], kept)
+                    worst = tl.min(kept, 1)
+                    at = tl.min(tl.where(lower == best[:, None], column[None, :], 0x7FFFFFFF), 1)
+                    lower = tl.where(column[None, :] == at[:, None], float("-inf"), lower)
+                    best = tl.max(lower, 1)
+                    enters = best > worst
+                if LIST:
+                    hit = (~(upper < (worst - x_error)[:, None]) & present[None, :] & inside[:, None]).to(
+                        tl.int32
+                    )
+                    entry = count[:, None] + tl.cumsum(hit, 1) - hit
+                    fits = (hit > 0) & (entry < room)
+                    columns = tl.zeros((ROWS, COLUMNS), tl.int32) + column[None, :]
+                    tl.store(row_of + place[:, None] + entry, columns, mask=fits)
+                    tl.store(upper_of + place[:, None] + entry, upper, mask=fits)
+                    count += tl.sum(hit, 1)
+        if LIST:
+            tl.store(listed + row.to(tl.int64) * parts + part, count, mask=inside)
+        place = (row.to(tl.int64)[:, None] * parts + part) * SLOTS + tl.arange(0, SLOTS)[None, :]
+        tl.store(lowest + place, kept, mask=inside[:, None] & (slot < k))
 
 
 @triton.jit
-def empty_keys(slot, k):
-    """Give k keys of no row, none twice; the slots beyond them never give way."""
-    least = -1 - slot.to(tl.int64)
-    return tl.where(slot < k, least ^ -0x8000000000000000, least)
-
-
-@triton.jit
-def keep_least(kept, worst, key, SLOTS: tl.constexpr):
-    """Put the keys that are less than the largest kept (SLOTS,) in the places of those."""
-    least = tl.min(key, 0)
-    while least < worst:
-        kept = tl.where(kept == worst, least, kept)
-        key = tl.where(key == least, NONE, key)
-        worst = tl.max(kept, 0)
-        least = tl.min(key, 0)
-    return kept, worst
+def factors_of(first, second, label, present, METRIC: tl.constexpr, CHUNK: tl.constexpr):
+    """Load the factors of rows by their number; the other metrics have none."""
+    power = tl.full((CHUNK,), 1.0, tl.float32)
+    unit = power
+    if METRIC == COSINE:
+        power = tl.load(first + label, mask=present, other=0.0)
+        unit = tl.load(second + label, mask=present, other=0.0)
+    return power, unit
 
 
 @triton.jit
@@ -165,8 +165,9 @@ def rescore(
         if number > 0:
             label = tl.load(row_of + place, mask=wanted, other=0).to(tl.int64)
             at = tl.load(at_of + place, mask=wanted, other=0).to(tl.int64)
+            power, unit = factors_of(first, second, label, wanted, METRIC, CHUNK)
             total = direct(
-                queries, rows, query_first, query_second, first, second, row, at, label, wanted,
+                queries, rows, row, at, wanted, query_first, query_second, power, unit,
                 d, query_stride, rows_stride, METRIC, CHUNK, DEPTH,
             )  # fmt: skip
             key = tl.where(wanted, (ordered(total).to(tl.int64) << 32) + label, NONE)
@@ -193,8 +194,9 @@ def exhaust(
         for start in range(part * share, end, CHUNK):
             at = (start + tl.arange(0, CHUNK)).to(tl.int64)
             present = at < end
+            power, unit = factors_of(first, second, at, present, METRIC, CHUNK)
             total = direct(
-                queries, rows, query_first, query_second, first, second, row, at, at, present,
+                queries, rows, row, at, present, query_first, query_second, power, unit,
                 d, query_stride, rows_stride, METRIC, CHUNK, DEPTH,
             )  # fmt: skip
             key = tl.where(present, (ordered(total).to(tl.int64) << 32) + at + offset, NONE)
@@ -227,11 +229,8 @@ def list_rows(
     """
     (q, d), m = queries[0].shape, rows[0].shape[0]
     device, slots = rows[0].device, triton.next_power_of_2(k)
-    tall, columns, depth, options = SIEVES[rows[0].dtype]
-    blocks = triton.cdiv(q, tall)
-    parts = max(1, min(PARTS, triton.cdiv(m, columns), PROGRAMS // blocks))
-    share = triton.cdiv(triton.cdiv(m, columns), parts) * columns
-    parts = triton.cdiv(m, share)
+    launch = SIEVES[rows[0].dtype]
+    programs, blocks, parts, share = schedule(device, launch, q, m)
     room = min(ROOM, share)
     x, x_scale, x_norm, x_rest, _ = queries
     x_error = torch.where(settled, 0.0, 2 * (gamma * x_norm * x_norm + tiny))
@@ -240,11 +239,11 @@ def list_rows(
     needed = torch.where(settled, torch.inf, -torch.inf)
     for last in (False, True):
         lowest = torch.empty((q, parts, slots), dtype=torch.float32, device=device)
-        sieve[(blocks, parts)](
+        sieve[(programs,)](
             *interpretable(x, rows[0]), x_scale, x_norm, x_rest, x_error, *rows[1:],
             needed, lowest, upper, row, listed, q, m, d, x.stride(0), rows[0].stride(0),
-            share, columns if last else columns * STRIDE, k, parts, room, gamma, tiny,
-            last, slots, tall, columns, depth, **options,
+            share, launch.columns * (1 if last else STRIDE), k, blocks, parts, room, gamma, tiny,
+            last, slots, launch.rows, launch.columns, launch.depth, **launch.options,
         )  # fmt: skip
         needed = lowest[:, :, :k].flatten(1).topk(k, dim=1).values[:, -1].contiguous()
     return Lists(row, upper, listed, needed - x_error)
@@ -303,12 +302,13 @@ def variants() -> list[Variant]:
         signature = {"queries": f"*{name}:16", "codes": f"*{name}:16", **queries, **columns}
         signature |= {"row_of": number, "listed": number, "q": size, "m": size, "d": whole}
         signature |= dict.fromkeys(("query_stride", "codes_stride", "share", "step"), whole)
-        signature |= {"k": size, "parts": size, "room": whole, "gamma": "fp32", "tiny": "fp32"}
-        tall, wide, depth, options = SIEVES[dtype]
+        signature |= dict.fromkeys(("k", "blocks", "parts"), size)
+        signature |= {"room": whole, "gamma": "fp32", "tiny": "fp32"}
+        launch = SIEVES[dtype]
         for k, last in ((1, False), (1, True), (MAX_K, False), (MAX_K, True)):
-            constants = {"LIST": last, "SLOTS": k, "ROWS": tall, "COLUMNS": wide, "DEPTH": depth}
+            constants = {"LIST": last, "SLOTS": k}
             label = f"knn_topk_coded.sieve {name} k={k}{' list' if last else ''}"
-            found.append(Variant(label, sieve, signature, constants, options))
+            found.append(launch.variant(label, sieve, signature, constants))
     for name in ("bf16", "fp32"):
         both = {
             "queries": "*fp32:16",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Call, Result
+from cupy_stand_in import gpu  # noqa: F401  (a fixture)
 
 from dinofast.ops.providers import instruction_set
 

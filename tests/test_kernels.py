@@ -40,7 +40,7 @@ def test_every_kernel_compiles_ahead_of_time_to_what_the_table_records(arch):
     run = run_python("-m", "dinofast.kernels", "--arch", str(arch), "--json")
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    for name in OPERATORS:
+    for name in (x for x in OPERATORS if " " not in x):
         assert any(x["operator"].startswith(f"{name}.") for x in found), name
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "kernels": []}
     same_triton = table["triton"] == version("triton")
@@ -55,6 +55,19 @@ def test_every_kernel_compiles_ahead_of_time_to_what_the_table_records(arch):
     assert names(recorded) == names(found), f"renew it: python -m dinofast.kernels --record {TABLE.name}"
     if same_triton:
         assert recorded == found, f"renew it: python -m dinofast.kernels --record {TABLE.name}"
+
+
+@pytest.mark.skipif(not TABLE.exists(), reason="an installed wheel, without bench/")
+def test_multiprocessors_hold_as_many_programs_as_launches_take_them_to():
+    from dinofast.kernels.compile import variants
+
+    taken = {v.name: (v.options["num_warps"], v.per_processor) for v in variants()}
+    assert {count for _, count in taken.values()} == {1, 2}
+    for kernel in json.loads(TABLE.read_text())["kernels"]:
+        warps, count = taken[kernel["operator"]]
+        registers = -(-kernel["registers"] // 8) * 8  # as they are given out
+        assert count * warps * 32 * registers <= 65536, kernel
+        assert count * (kernel["shared"] + 1024) <= SHARED_LIMIT[kernel["arch"]] + 1024, kernel
 
 
 def test_a_kernel_that_does_not_compile_fails_the_run():
@@ -143,6 +156,53 @@ with ops.backend("triton"):
         assert "triton: wants k <= 64, got 65" in str(error)
     else:
         sys.exit("k = 65 was not refused")
+""",
+    "knn_topk of any number of multiprocessors": """
+from dinofast.kernels import knn_topk, schedule
+draw = torch.Generator().manual_seed(1)
+queries, bank = (torch.randn(n, 40, generator=draw) for n in (70, 700))
+bank[300:364] = bank[:64]
+asked = [(queries, bank, k, metric) for k, metric in ((1, "cosine"), (3, "sqeuclidean"), (20, "cosine"))]
+asked.append((queries[:1].half(), bank.half(), 1, "euclidean"))
+asked.append((queries[:3], bank[:130], 20, "euclidean"))  # the last part has two rows
+assert all(launch.columns >= knn_topk.MAX_K for launch in knn_topk.LAUNCHES.values())
+found = []
+for count in (1, 3, 132):
+    schedule.INTERPRETED = count
+    hold("knn_topk", ["33x7x33", "ties, k=2 cosine", "NaN and inf rows, k=2 euclidean"], ["strided"])
+    with ops.backend("triton"):
+        found.append([x for args in asked for x in ops.knn_topk(*args)])
+for others in found[1:]:
+    assert all(torch.equal(a, b) for a, b in zip(found[0], others))
+scaled = []
+knn_topk.scale_factors = lambda rows, of=knn_topk.scale_factors: scaled.append(len(rows)) or of(rows)
+with ops.backend("triton"):
+    ops.knn_topk(queries, bank, 2)
+assert scaled == [len(queries)], scaled  # the bank is read by the scan alone
+""",
+    "knn_topk and cosine_max of rows far from unit norm": """
+draw = torch.Generator().manual_seed(2)
+queries, bank = torch.randn(3, 40, generator=draw), torch.randn(256, 40, generator=draw)
+bank[64:128] = bank[:64]
+for far in (1e-30, 1e-42, 1e30):
+    for at in (7, 64 + 7):  # a tile that is scaled before one that is not, and after
+        rows = bank.clone()
+        rows[at] *= far
+        args = (torch.cat([queries, 2 * rows[[9, 73]], far * queries[:1]]), rows)
+        hold_all = {"knn_topk": (*args, 4, "cosine"), "cosine_max": args}
+        for name, given in hold_all.items():
+            op = OPS[name]
+            assert_kernel(op, next(k for k in op.kernels if k.backend == "triton"), given)
+        with ops.backend("triton"):
+            assert ops.knn_topk(*args, 2)[1][3:5].tolist() == [[9, 73], [9, 73]], (far, at)
+            assert ops.cosine_max(*args)[1][3:5].tolist() == [9, 9], (far, at)
+huge = torch.full((2, 40), 1e19)  # squares overflow: no row is broken
+huge[1] = -huge[1]
+with ops.backend("triton"):
+    assert ops.knn_topk(queries, torch.cat([bank, huge]), 1, "sqeuclidean")[0].isfinite().all()
+    huge[0, 39] = -torch.inf
+    assert ops.knn_topk(queries, torch.cat([bank, huge]), 1, "sqeuclidean")[0].isnan().all()
+print("checked")
 """,
     "cosine_map": """
 small = [s.name for s in OPS["cosine_map"].samples() if s.name != "32x32 to 112x112"]
@@ -274,6 +334,48 @@ for outside in (-1, 300):
     assert bool(distance.isnan().all()) and int(index) == 0
 """,
 }
+
+
+SCHEDULE = """
+import itertools
+from dinofast.kernels import schedule
+
+sizes = (1, 2, 16, 192, 3000), (1, 7, 1563, 120000), (1, 3, 132, 264)
+for blocks, tiles, programs in itertools.product(*sizes):
+    parts, share = schedule.split(blocks, tiles, programs)
+    assert (parts - 1) * share < tiles <= parts * share
+    assert parts == 1 or blocks * parts <= schedule.MOST_ITEMS
+    time = -(-blocks * parts // programs) * share
+    for p in range(1, min(tiles, max(1, schedule.MOST_ITEMS // blocks)) + 1):
+        other = -(-blocks * p // programs) * -(-tiles // p)
+        assert time <= 1.05 * other and (p >= parts or other > time / 1.06), (blocks, tiles, programs, p)
+    if tiles >= programs >= blocks:  # none is idle for long
+        assert blocks * tiles / (programs * time) > 0.85 or blocks * tiles < 2000, (blocks, tiles, programs)
+"""
+
+
+def test_the_bank_is_split_so_that_no_multiprocessor_is_idle():
+    run = run_python("-c", SCHEDULE)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+OLD_GPU = """
+from types import SimpleNamespace
+import torch
+from dinofast.ops import OPS
+torch.cuda.get_device_capability, torch.cuda.get_device_name = lambda _: (7, 5), lambda _: "Tesla T4"
+old = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+for name, op in OPS.items():
+    for kernel in (kernel for kernel in op.kernels if kernel.backend == "triton"):
+        print(name, kernel.refuse(old))
+"""
+
+
+def test_every_kernel_refuses_a_gpu_that_triton_does_not_serve():
+    run = run_python("-c", OLD_GPU, TRITON_INTERPRET="1")
+    told = dict(line.split(" ", 1) for line in run.stdout.splitlines())
+    assert set(told) == {name for name in OPERATORS if " " not in name}, run.stderr
+    assert all("Tesla T4 has compute capability 7.5" in reason for reason in told.values())
 
 
 BLOCKS = """

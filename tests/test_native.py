@@ -55,6 +55,8 @@ def test_cuda_module_imports_without_a_gpu():
         return
     from dinofast import _cuda
 
+    assert _cuda.ARCHS
+    assert all(arch >= 50 for arch in _cuda.ARCHS)
     problem = _cuda.driver_problem()
     assert MISSING.get("cuda", "") == problem
     assert ("cuda" in backends("cosine_max")) == (problem == "")

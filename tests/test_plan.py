@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -274,24 +273,23 @@ def rows(n: int) -> torch.Tensor:
     return torch.empty(n, 384, device="meta")
 
 
-@pytest.mark.parametrize(("n", "m"), [(1024, 100_000), (50_000, 100_000), (50_000, 400_000)])
-def test_searches_on_a_gpu_take_what_is_told_without_values(n: int, m: int) -> None:
-    launchers = pytest.importorskip("dinofast.kernels.knn_topk")
+@pytest.mark.parametrize("multiprocessors", [1, 78, 132, 148])
+@pytest.mark.parametrize(("n", "m"), [(1, 100_000), (1024, 100_000), (9000, 100_000), (80_000, 400_000)])
+def test_searches_on_a_gpu_take_what_is_told_without_values(
+    n: int, m: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = pytest.importorskip("dinofast.kernels.knn_topk")
     tiles = pytest.importorskip("dinofast.kernels.cosine_max")
-
-    def parts(launcher: Any, block: int) -> int:
-        """Into how many the columns are split, of whole blocks, so that there are programs enough."""
-        columns = math.ceil(m / launcher.COLUMNS)
-        most = max(1, min(launcher.SPLITS, columns, launcher.PROGRAMS // math.ceil(n / block)))
-        return math.ceil(columns / math.ceil(columns / most))
-
-    factors = 2 * 4 * (n + m)
-    best = parts(tiles, tiles.ROWS) * n * (4 + 4)
-    assert 1 <= OPS["cosine_max"].workspace("cuda", rows(n), rows(m)) / (best + factors) < 1.5
-    for k, slots in ((1, 1), (3, 4), (64, 64)):
-        keys = parts(launchers, launchers.ROWS_AND_DEPTH[torch.float32][0]) * n * slots * 8
-        told = OPS["knn_topk"].workspace("cuda", rows(n), rows(m), k, "cosine")
-        assert 1 <= told / (keys + factors) < 4
+    schedule = pytest.importorskip("dinofast.kernels.schedule")
+    monkeypatch.setattr(schedule, "INTERPRETED", multiprocessors)
+    parts = schedule.schedule(torch.device("cpu"), tiles.LAUNCHES[torch.float32], n, m).parts
+    told = OPS["cosine_max"].workspace("cuda", rows(n), rows(m))
+    assert 0 <= told - 8 * n * parts - 8 * n < 8 * m + MIB
+    for dtype in (torch.float32, torch.bfloat16):
+        for k, slots in ((1, 1), (3, 4), (64, 64)):
+            parts = schedule.schedule(torch.device("cpu"), searches.LAUNCHES[dtype, k > 1], n, m).parts
+            told = OPS["knn_topk"].workspace("cuda", rows(n).to(dtype), rows(m), k, "cosine")
+            assert 0 <= told - 8 * n * parts * slots - 8 * n <= 16 * k * max(n, 1 << 16)
 
 
 def test_searches_on_a_cpu_take_a_block_of_columns() -> None:

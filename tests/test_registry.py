@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import weakref
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 import dinofast
 from dinofast import ops
 from dinofast.errors import InputError, KernelError
-from dinofast.ops import registry
+from dinofast.info import info
+from dinofast.ops import providers, registry
+from dinofast.ops.providers import gpu
 from dinofast.ops.registry import OPS, Kernel, choose, provide
 from dinofast.ops.upsample_blur import resample
 
@@ -44,6 +47,95 @@ def test_a_refusal_moves_on_and_is_logged(op, caplog):
     with caplog.at_level(logging.DEBUG, "dinofast.ops"):
         assert choose(op, ARGS).backend == "reference"
     assert "cosine_max: cpu: wants float16, got torch.float32" in caplog.text
+
+
+def test_a_kernel_that_yields_serves_when_only_the_reference_is_left(op):
+    def refuse_huge(features, _):
+        return "wants fewer rows" if len(features) > 3 else None
+
+    yields = {"yields": lambda *_: "tensor cores are faster"}
+    provide("cosine_max", Kernel("cuda", ("cpu",), lambda *_: ("cuda", None), **yields))
+    assert choose(op, ARGS).backend == "cuda"
+    offer("triton", refuse=refuse_huge)
+    assert choose(op, ARGS).backend == "triton"
+    assert choose(op, (torch.eye(4), torch.eye(4))).backend == "cuda"
+    with ops.backend("cuda"):
+        assert choose(op, ARGS).backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "backend"),
+    [
+        ((9, 0), torch.float32, "cuda"),
+        ((9, 0), torch.bfloat16, "triton"),
+        ((9, 0), torch.float16, "triton"),
+        ((8, 6), torch.float16, "triton"),
+        ((12, 0), torch.float32, "cuda"),
+        ((7, 5), torch.float32, "reference"),
+        ((7, 5), torch.bfloat16, "reference"),
+    ],
+)
+def test_half_precision_goes_to_tensor_cores_and_old_gpus_to_the_reference(
+    op, monkeypatch, capability, dtype, backend
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    built = (80, 90, 100)
+    refuse_cuda = lambda x, *_: gpu.refuse_device(torch.device("cuda", 0), built)  # noqa: E731
+    refuse_triton = lambda x, *_: providers.triton.refuse_device(torch.device("cuda", 0))  # noqa: E731
+    yields = gpu.left_to_tensor_cores
+    provide("cosine_max", Kernel("cuda", ("cpu",), lambda *_: None, refuse_cuda, yields))
+    provide("cosine_max", Kernel("triton", ("cpu",), lambda *_: None, refuse_triton))
+    args = tuple(x.to(dtype) for x in ARGS)
+    assert choose(op, args).backend == backend
+    if backend == "reference":
+        with ops.backend("cuda"), pytest.raises(KernelError) as error:
+            choose(op, args)
+        assert "cuda: wants compute capability 8.0, 9.0, 10.0 or later" in str(error.value)
+        assert "Tesla T4 has compute capability 7.5" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("built", "served", "unserved"),
+    [
+        ((80, 90, 100), (80, 86, 89, 90, 100, 103, 120), (70, 75)),
+        ((90,), (90, 100, 120), (75, 80, 89)),
+        ((80, 100), (80, 89, 100, 120), (75, 90)),
+        ((86,), (86, 89, 90), (80,)),
+    ],
+)
+def test_a_build_serves_what_its_machine_code_and_ptx_run_on(monkeypatch, built, served, unserved):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
+    for arch in served + unserved:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, a=arch: divmod(a, 10))
+        problem = gpu.refuse_device(torch.device("cuda", 0), built)
+        assert (problem is None) == (arch in served), (arch, problem)
+
+
+def test_info_tells_which_gpu_a_backend_does_not_serve(op, monkeypatch):
+    offer("triton", devices=("cuda",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda x: f"GPU of {x}")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda x: (7, 5) if torch.device(x).index else (9, 0)
+    )
+    monkeypatch.setitem(registry.DEVICES, "triton", providers.triton.refuse_device)
+    told = info()["backends"]
+    assert told["reference"] == "found"
+    assert told["triton"] == (
+        "found; not on cuda:1: wants compute capability 8.0 or later, as Triton does; "
+        "GPU of cuda:1 has compute capability 7.5"
+    )
+
+
+def test_triton_refuses_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    refuse = providers.triton.on_served_device(lambda *_: "not asked")
+    assert "Tesla T4 has compute capability 7.5" in refuse(on_gpu)
+    assert refuse(SimpleNamespace(is_cuda=False)) == "not asked"
+    assert providers.coded_kernels(torch.device("cuda", 0)) is None
 
 
 def test_a_kernel_for_another_device_is_passed_over(op):

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("FLOAT32") = static_cast<int>(Element::float32);
     m.attr("BFLOAT16") = static_cast<int>(Element::bfloat16);
     m.attr("FLOAT16") = static_cast<int>(Element::float16);
+    m.attr("ARCHS") = py::make_tuple(DINOFAST_ARCHS);  // compute capabilities, 80 for 8.0
     m.def("driver_problem", driver_problem, "Say why this machine's driver cannot run the kernels, or ''.");
     m.def(
         "cosine_max",

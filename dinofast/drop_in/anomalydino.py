@@ -12,13 +12,14 @@ import torch
 
 from dinofast.drop_in.flat_search import matrix
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 from dinofast.models.memory_bank import mean_below_rank
 from dinofast.ops import Bank, knn_topk, upsample_blur
 
 METRICS = ("L2_normalized", "L2")
 
 
+@on_callers_stream
 class Search:
     """The search among reference patches that the host builds with faiss, prepared once for all images.
 
@@ -54,6 +55,7 @@ class Search:
         return like(mean if self._metric == "cosine" else mean.sqrt(), features)
 
 
+@on_callers_stream
 def mean_top1p(distances: Any) -> float:
     """Give an image's score: the mean of the largest 1 % of its patch scores, the largest under 100 patches.
 
@@ -66,6 +68,7 @@ def mean_top1p(distances: Any) -> float:
     return float(flat.topk(max(1, int(len(flat) * 0.01))).values.mean())
 
 
+@on_callers_stream
 def dists2map(dists: Any, img_shape: Sequence[int]) -> Any:
     """Bring patch scores (h, w) to an image's pixels: bilinear, then a Gaussian of sigma 4.
 
@@ -88,6 +91,7 @@ def dists2map(dists: Any, img_shape: Sequence[int]) -> Any:
     return like(upsample_blur(grid.float()[None].contiguous(), size, 4.0, "bilinear", "reflect")[0], dists)
 
 
+@on_callers_stream
 def calculate_cosine_distances(
     features_all: Sequence[Any],
     sample_index: int,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dinofast.drop_in.anomalydino_dpmm_state import exported, imported, responsibilities, square
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 from dinofast.models import mixture_start
 from dinofast.models.mixture import FLOAT32_FLOOR, Mixture, Rule, begin, quadratic_blocks, step, update
 from dinofast.models.mixture_scores import Active, active, log_likelihood, score_rows
@@ -27,6 +27,7 @@ from dinofast.ops.rows import normalize_rows
 COVARIANCE_TYPES = ("full", "diag", "spherical")
 
 
+@on_callers_stream
 class DPMM:
     """Learn a Dirichlet-process mixture of Gaussians batch by batch, and score rows by it.
 
@@ -112,8 +113,7 @@ class DPMM:
         Raises:
             InputError: no rows (N, D), or NaN among them.
         """
-        seed = int(torch.randint(1 << 62, ()).item())
-        full = self.cov_type == "full"
+        seed, full = int(torch.randint(1 << 62, ()).item()), self.cov_type == "full"
         if data is None:
             none = torch.zeros(0, self.D, device=self.device)
             means, sticks = mixture_start.first_rows(none, self.K, self._alpha, seed)

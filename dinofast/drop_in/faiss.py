@@ -33,7 +33,7 @@ from dinofast.drop_in.flat_search import (
     squared_distances,
 )
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 
 __all__ = [
     "METRIC_INNER_PRODUCT",
@@ -60,6 +60,7 @@ __all__ = [
 METRIC_INNER_PRODUCT, METRIC_L2 = INNER_PRODUCT, L2
 
 
+@on_callers_stream
 class IndexFlat:
     """Base of the flat indexes: all rows, searched exactly.
 
@@ -283,6 +284,7 @@ class GpuIndexFlatIP(IndexFlatIP):
         super().__init__(d)
 
 
+@on_callers_stream
 def normalize_L2(x: Any) -> None:
     """Scale rows (N, D) to unit length in place; zero rows stay.
 
@@ -296,6 +298,7 @@ def normalize_L2(x: Any) -> None:
     tensor.div_(torch.where(norm > 0, norm, 1))
 
 
+@on_callers_stream
 def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[Any, Any]:
     """Find the k nearest rows of `xb` (M, D) for queries (Q, D), as `IndexFlat.search`."""
     rows = to_tensor(xb, "xb")

@@ -8,12 +8,13 @@ import torch
 
 from dinofast.drop_in.flat_search import matrix, row_numbers
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 
 if TYPE_CHECKING:
     from dinofast.drop_in.faiss import IndexFlat
 
 
+@on_callers_stream
 class IndexIDMap:
     """A flat index whose rows have numbers of your own.
 

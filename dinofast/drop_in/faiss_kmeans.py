@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 from dinofast.ops import kmeans_step
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ _SPLIT = 1 / 1024
 """Share by which the two halves of a split cluster move apart."""
 
 
+@on_callers_stream
 class Kmeans:
     """Cluster rows into k groups.
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from dinofast.drop_in.kmeans_rows import rows_of
 from dinofast.errors import InputError
-from dinofast.interop import like
+from dinofast.interop import like, on_callers_stream
 from dinofast.ops import kmeans_step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@on_callers_stream
 class FastKMeans:
     """Cluster rows into k groups by Lloyd's iteration from random rows; an empty cluster restarts at one.
 

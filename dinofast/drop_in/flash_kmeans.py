@@ -8,13 +8,14 @@ import torch
 
 from dinofast.drop_in.kmeans_rows import rows_of
 from dinofast.errors import InputError
-from dinofast.interop import is_array, like, to_tensor
+from dinofast.interop import is_array, like, on_callers_stream, to_tensor
 from dinofast.ops import kmeans_step
 
 BACKENDS = ("triton", "cute", "torch")
 """The host's."""
 
 
+@on_callers_stream
 def batch_kmeans_Euclid(
     x: Any,
     n_clusters: int,

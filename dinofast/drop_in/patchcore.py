@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from dinofast.drop_in import faiss
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 from dinofast.models.coreset import k_center
 
 INDEX_FILE = "nnscorer_search_index.faiss"
 
 
+@on_callers_stream
 class FaissNN:
     """Exact search, as the host's nn_method.
 
@@ -90,6 +91,7 @@ class FaissNN:
         self.search_index = faiss.read_index(filename)
 
 
+@on_callers_stream
 class NearestNeighbourScorer:
     """Anomaly scores from the distances to the nearest rows.
 
@@ -166,6 +168,7 @@ class _Sampler:
         return int(torch.randint(1 << 62, ()).item()) if self.seed is None else self.seed
 
 
+@on_callers_stream
 class RandomSampler(_Sampler):
     """Keep a random share of the rows.
 
@@ -181,6 +184,7 @@ class RandomSampler(_Sampler):
         return like(rows[order[: int(len(rows) * self.percentage)].to(rows.device)], features)
 
 
+@on_callers_stream
 class GreedyCoresetSampler(_Sampler):
     """Keep a share of the rows, each time the one farthest from those kept.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinofast.drop_in.sklearn_rows import as_floats, check_choice, check_number, check_whole, rows_of
 from dinofast.errors import InputError
-from dinofast.interop import like, to_tensor
+from dinofast.interop import like, on_callers_stream, to_tensor
 from dinofast.ops import kmeans_step
 from dinofast.ops.rows import BLOCK, result_dtype, row_blocks
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@on_callers_stream
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):  # type: ignore[misc]
     """Cluster rows into k groups by Lloyd's iteration.
 

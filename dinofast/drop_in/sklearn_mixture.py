@@ -19,7 +19,7 @@ from dinofast.drop_in.sklearn_kmeans import KMeans
 from dinofast.drop_in.sklearn_posterior import Posterior, Prior, Statistics, assigned, maximize
 from dinofast.drop_in.sklearn_rows import check_choice, check_number, check_whole, rows_of
 from dinofast.errors import InputError
-from dinofast.interop import like
+from dinofast.interop import like, on_callers_stream
 from dinofast.ops.rows import BLOCK, result_dtype, row_blocks
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ KINDS = ("full", "diag", "spherical")
 STARTS = ("kmeans", "k-means++", "random", "random_from_data")
 
 
+@on_callers_stream
 class BayesianGaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     """Learn a truncated Dirichlet-process mixture of Gaussians by variational inference.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinofast.drop_in.sklearn_rows import check_choice, check_number, check_whole, is_device_array, rows_of
 from dinofast.errors import InputError
-from dinofast.interop import like
+from dinofast.interop import like, on_callers_stream, on_stream_of
 from dinofast.ops import Bank, knn_topk
 from dinofast.ops.rows import result_dtype
 
@@ -27,6 +27,7 @@ FIRST_LOOK = 64
 """Neighbors that a search by radius asks for first."""
 
 
+@on_callers_stream
 class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
     """Find the nearest of the fitted rows, exactly.
 
@@ -123,15 +124,16 @@ class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
                 f"Expected n_neighbors <= n_samples_fit, but n_neighbors = {k} and there are {others} rows "
                 f"to choose from, n_samples_fit = {self.n_samples_fit_}"
             )
-        if X is None:
-            distance, index = self._search(self._rows, k + 1)
-            own = index == torch.arange(len(index), device=index.device)[:, None]
-            own[~own.any(1), 0] = True  # equal rows crowd it out; one of them goes in its place
-            distance, index = distance[~own].view(-1, k), index[~own].view(-1, k)
-        else:
-            distance, index = self._search(self._queries(X), k)
         kind = self._kind if X is None else X
-        found = like(distance, kind), like(index, kind)
+        with on_stream_of(kind):
+            if X is None:
+                distance, index = self._search(self._rows, k + 1)
+                own = index == torch.arange(len(index), device=index.device)[:, None]
+                own[~own.any(1), 0] = True  # equal rows crowd it out; one of them goes in its place
+                distance, index = distance[~own].view(-1, k), index[~own].view(-1, k)
+            else:
+                distance, index = self._search(self._queries(X), k)
+            found = like(distance, kind), like(index, kind)
         return found if return_distance else found[1]
 
     def radius_neighbors(
@@ -160,10 +162,13 @@ class NearestNeighbors(BaseEstimator):  # type: ignore[misc]
         check_number(0, radius=limit)
         if sort_results and not return_distance:
             raise InputError("sort_results needs return_distance")
-        queries = self._rows if X is None else self._queries(X)
-        distances, indices = self._within(queries, float(limit), skip_own=X is None, by_distance=sort_results)
         kind = self._kind if X is None else X
-        found = _ragged(distances, kind), _ragged(indices, kind)
+        with on_stream_of(kind):
+            queries = self._rows if X is None else self._queries(X)
+            distances, indices = self._within(
+                queries, float(limit), skip_own=X is None, by_distance=sort_results
+            )
+            found = _ragged(distances, kind), _ragged(indices, kind)
         return found if return_distance else found[1]
 
     def kneighbors_graph(

@@ -127,7 +127,7 @@ class Bank:
             target = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
         found = providers.coded_kernels(target) is not None
         if target != rows and not found:
-            why = MISSING.get("triton", "another backend is forced, or it is no GPU")
+            why = MISSING.get("triton", "another backend is forced, or it is no GPU that Triton serves")
             raise InputError(f"Bank: rows on {rows} cannot be searched on {target}: {why}")
         self._device, self._coded = target if found else None, None
 

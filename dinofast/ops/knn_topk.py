@@ -175,13 +175,13 @@ def _cost(queries: Tensor, bank: Tensor, k: int, metric: str) -> Cost:
 def knn_workspace(device: str, queries: Tensor, m: int, k: int) -> int:
     """Give the most bytes that a search for k of m rows allocates for queries (Q, D).
 
-    Beside the blocks of `search_workspace`: on a CPU queries in tiles, on a GPU k keys for every part.
+    On a CPU the blocks of `search_workspace` and queries in tiles; on a GPU k keys for every query and part,
+    65536 of them or as many as queries, and two factors a query.
     """
     q, d = queries.shape
-    blocks = search_workspace(device, q, m, d)
     if device == "cpu":
-        return blocks + 8 * min(q * d, 1 << 21)
-    return blocks + 16 * k * max(q, 1 << 15)
+        return search_workspace(device, q, m, d) + 8 * min(q * d, 1 << 21)
+    return 16 * k * max(q, 1 << 16) + 8 * q
 
 
 def _samples() -> list[Sample]:

@@ -31,6 +31,9 @@ OPS: dict[str, Op] = {}
 MISSING: dict[str, str] = {}
 """Backend -> why it could not be loaded, filled by `providers`; shown by `dinofast info`."""
 
+DEVICES: dict[str, Callable[[torch.device], str | None]] = {}
+"""Backend -> takes a GPU; None, or why no kernel of the backend runs on it. Filled by `providers`."""
+
 _LIBRARY: Any = cast(Any, torch.library.Library)("dinofast", "DEF")
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("dinofast_backend", default=None)
 _KEEPING: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("dinofast_kept", default=None)
@@ -50,12 +53,15 @@ class Kernel:
         devices: torch device types it serves, such as ("cpu",).
         run: takes the operator's arguments, returns its results.
         refuse: takes the same arguments; None, or the reason in words why `run` cannot serve them.
+        yields: takes the same arguments; None, or why a later kernel, other than the reference, should rather
+            serve them.
     """
 
     backend: str
     devices: tuple[str, ...]
     run: Callable[..., Any]
     refuse: Callable[..., str | None] = lambda *_: None
+    yields: Callable[..., str | None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -319,6 +325,8 @@ def _is_recording() -> bool:
 def choose(op: Op, args: tuple[Any, ...]) -> Kernel:
     """Choose the kernel for these arguments: the first that serves their device and does not refuse.
 
+    One that yields to later ones is taken when only the reference is left.
+
     Raises:
         InputError: `DINOFAST_BACKEND` names no backend.
         KernelError: the forced backend cannot serve the call; the message gives every reason.
@@ -326,6 +334,7 @@ def choose(op: Op, args: tuple[Any, ...]) -> Kernel:
     device = next(x for x in args if isinstance(x, Tensor)).device.type
     forced = forced_backend()
     reasons = []
+    yielded: Kernel | None = None
     for kernel in op.kernels:
         if forced is not None and kernel.backend != forced:
             continue
@@ -333,6 +342,11 @@ def choose(op: Op, args: tuple[Any, ...]) -> Kernel:
             reason: str | None = f"serves {' and '.join(kernel.devices)}, the arguments are on {device}"
         else:
             reason = kernel.refuse(*args)
+        if reason is None and yielded is not None and kernel.backend == "reference":
+            return yielded
+        if reason is None and forced is None:
+            reason = kernel.yields(*args)
+            yielded = kernel if reason is not None and yielded is None else yielded
         if reason is None:
             return kernel
         reasons.append(f"{kernel.backend}: {reason}")

@@ -152,10 +152,10 @@ def search_workspace(device: str, n: int, k: int, d: int) -> int:
     """Give the most bytes that a search for the best of k columns for n rows of D channels allocates.
 
     On a CPU a block of at most 2 Mi floats of packed columns, at unit length and as codes, and tiles of
-    rows a thread. On a GPU a best so far for each of at most 64 parts and 32768 rows and parts together,
-    and two factors a row.
+    rows a thread. On a GPU a best so far for each row and part, 65536 of them or as many as rows, and two
+    factors a row.
     """
     if device == "cpu":
         block = min(k + 31, max(32, (1 << 21) // d))
         return 9 * block * d + 48 * block + torch.get_num_threads() * (1200 * d + (96 << 12))
-    return 12 * max(n, 1 << 15) + 8 * (n + k)
+    return 8 * max(n, 1 << 16) + 8 * (n + k)

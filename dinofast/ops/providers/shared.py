@@ -42,6 +42,18 @@ def refuse_rows(first: Tensor, second: Tensor) -> str | None:
     return refuse_dtype(first)
 
 
+def capability(device: torch.device) -> int:
+    """Give a GPU's compute capability, such as 80 for 8.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def unserved(device: torch.device, found: int, wanted: str) -> str:
+    """Say that kernels cannot run on a GPU of a compute capability."""
+    name = torch.cuda.get_device_name(device)
+    return f"wants {wanted}; {name} has compute capability {found / 10:.1f}"
+
+
 def dense(x: Tensor) -> Tensor:
     """Give the matrix with contiguous channels; its rows may be strided."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
-from dinofast.ops.providers.shared import dense, refuse_dtype, refuse_rows
-from dinofast.ops.registry import MISSING, Kernel, forced_backend, kept, provide
+from dinofast.ops.providers.shared import capability, dense, refuse_dtype, refuse_rows, unserved
+from dinofast.ops.registry import DEVICES, MISSING, Kernel, forced_backend, kept, provide
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
 
@@ -181,6 +182,25 @@ def _dpm_stats(
     return results
 
 
+def refuse_device(device: torch.device) -> str | None:
+    """Give the reason why Triton does not serve a GPU, or None.
+
+    References:
+        triton-lang/triton, pull request 5066: compute capability 8.0 and later since Triton 3.3.
+    """
+    found = capability(device)
+    return None if found >= 80 else unserved(device, found, "compute capability 8.0 or later, as Triton does")
+
+
+def on_served_device(refuse: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Refuse what is on a GPU that Triton does not serve, and what `refuse` refuses."""
+
+    def refuse_both(first: Tensor, *others: Any) -> str | None:
+        return (refuse_device(first.device) if first.is_cuda else None) or refuse(first, *others)
+
+    return refuse_both
+
+
 _DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 
 
@@ -191,6 +211,8 @@ def coded_kernels(device: torch.device) -> Any:
     """
     wanted = ("triton",) if device.type == "cpu" else ("triton", None)
     if "triton" in MISSING or device.type not in _DEVICES or forced_backend() not in wanted:
+        return None
+    if device.type == "cuda" and refuse_device(device) is not None:
         return None
     from dinofast.kernels import knn_topk_coded
 
@@ -213,10 +235,14 @@ elif importlib.util.find_spec("dinofast.kernels") is None:
 elif torch.version.cuda is None and not _INTERPRETED:
     MISSING["triton"] = "this torch has no CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
 else:
-    provide("cosine_max", Kernel("triton", _DEVICES, _cosine_max, refuse_rows))
-    provide("knn_topk", Kernel("triton", _DEVICES, _knn_topk, _refuse_knn_topk))
-    provide("upsample_blur", Kernel("triton", _DEVICES, _upsample_blur, _refuse_upsample_blur))
-    provide("cosine_map", Kernel("triton", _DEVICES, _cosine_map, _refuse_cosine_map))
-    provide("farthest_point", Kernel("triton", _DEVICES, _farthest_point, _refuse_rows))
-    provide("kmeans_step", Kernel("triton", _DEVICES, _kmeans_step, _refuse_rows))
-    provide("dpm_stats", Kernel("triton", _DEVICES, _dpm_stats, _refuse_dpm_stats))
+    DEVICES["triton"] = refuse_device
+    for name, run, refuse in (
+        ("cosine_max", _cosine_max, refuse_rows),
+        ("knn_topk", _knn_topk, _refuse_knn_topk),
+        ("upsample_blur", _upsample_blur, _refuse_upsample_blur),
+        ("cosine_map", _cosine_map, _refuse_cosine_map),
+        ("farthest_point", _farthest_point, _refuse_rows),
+        ("kmeans_step", _kmeans_step, _refuse_rows),
+        ("dpm_stats", _dpm_stats, _refuse_dpm_stats),
+    ):
+        provide(name, Kernel("triton", _DEVICES, run, on_served_device(refuse)))

@@ -8,10 +8,12 @@
 
 namespace dinofast {
 
-// What became of a row: codes times scale, the norms of the row and of the rest, the sum of the codes.
+// What became of a row: codes times scale, the norms of the row and of the rest, the sum of the codes. Where
+// rows are scaled to unit norm all this is of the unit row, which is the row times `factor`.
 struct Quantized {
     float scale, rest, norm;
     int32_t sum;
+    float factor = 1;
 };
 
 // Quantized rows in a tile, and columns in panels, with what bounds the part of a product that their codes
@@ -58,6 +60,11 @@ struct Int8Tile {
     // Null with `products`.
     void (*quantize)(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
                      int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found);
+
+    // The same of unit rows without a center, none of which is written but those whose norm is extreme: for
+    // them x is moved to `units`. A zero row has factor 0. Null with `products`.
+    void (*quantize_units)(const float** x, int64_t count, int64_t d, float* units, int64_t unit_stride,
+                           int8_t* codes, int64_t stride, Quantized* found);
 };
 
 extern const Int8Tile baseline_int8_tile;

@@ -12,6 +12,7 @@ namespace dinofast {
 namespace {
 
 constexpr int64_t SAMPLE = 16;  // columns whose mean is the center
+constexpr float SHORT = 0.5f;   // squared norm to which a center of unit columns gains less than it costs
 
 // Of the bits of floats that fill whole cache lines; four words at a time, each apart from the others.
 uint64_t hash(const float* x, int64_t count) {
@@ -30,7 +31,7 @@ uint64_t hash(const float* x, int64_t count) {
 
 }  // namespace
 
-// Any center is right; near the mean, what is quantized is short.
+// Any center is right; near the mean, what is quantized is short. Without one, unit rows need not be written.
 void Nearest::find_center() {
     const int64_t count = std::min(columns_.count, SAMPLE);
     const Array<float> row = allocate<float>(2 * d_);
@@ -50,6 +51,10 @@ void Nearest::find_center() {
         center_[k] = static_cast<float>(sum[static_cast<size_t>(k)] / static_cast<double>(whole));
     }
     center_square_ = static_cast<float>(tile_.lines.sq_distance(center_.get(), zero_.get(), d_));
+    if (what_ == Value::sq_distance || center_square_ > SHORT) return;
+    std::fill(center_.get(), center_.get() + padded_, 0.0f);
+    center_square_ = 0;
+    centered_ = false;
 }
 
 // Column j of the block, as `read` gives it. False when it holds NaN or inf.

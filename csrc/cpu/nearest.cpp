@@ -64,7 +64,8 @@ Nearest::Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows&
       panel_rest_(allocate<float>(block_ / PANEL)),
       panel_norm_(allocate<float>(block_ / PANEL)),
       panel_own_(allocate<float>(block_ / PANEL)),
-      column_codes_(allocate<uint8_t>(block_ * quads_ * 4)) {
+      column_codes_(allocate<int8_t>(block_ * quads_ * 4)),
+      column_sum_(allocate<int32_t>(block_)) {
     if (what == Value::cosine) units_ = allocate<float>(block_ * padded_);
     std::fill(zero_.get(), zero_.get() + padded_, 0.0f);
 }
@@ -80,10 +81,9 @@ Nearest::Scratch Nearest::scratch() const {
             allocate<float>(rows),
             allocate<float>(rows),
             allocate<float>(rows),
-            allocate<int8_t>(rows * code_size_),
+            allocate<uint8_t>(rows * code_size_),
             allocate<int8_t>(code_size_),
             allocate<const float*>(rows),
-            allocate<int32_t>(rows),
             allocate<Hit>(height_ * group_),
             allocate<float>(height_ * group_),
             allocate<bool>(rows)};
@@ -198,19 +198,15 @@ void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine
     for (int64_t r = 0; r < height_; ++r) {
         mine.open[first + r] = false;
         mine.scale[first + r] = 0;
-        mine.sum[first + r] = 0;
         mine.offset[first + r] = 0;
         mine.factor[first + r] = 1;
         mine.x[first + r] = zero_.get();
         if (r < present)
             x[r] = read_row(begin + r, screen, own + r * padded_, mine.buffer.get() + r * padded_);
     }
-    if (screen == Screen::int8 && !centered_) {
-        int8_.quantize_units(x, present, d_, own, padded_, mine.codes.get() + first * code_size_,
-                             height_ * Int8Tile::RUN, found);
-    } else if (screen == Screen::int8) {
-        int8_.quantize(x, present, center_.get(), d_, cosine ? own : nullptr, padded_,
-                       mine.codes.get() + first * code_size_, height_ * Int8Tile::RUN, found);
+    if (screen == Screen::int8) {
+        int8_.quantize_rows(x, present, centered_ ? center_.get() : nullptr, d_, cosine ? own : nullptr,
+                            padded_, mine.codes.get() + first * code_size_, height_ * Int8Tile::RUN, found);
     }
     for (int64_t r = 0; r < present; ++r) {
         if (prepare_row(slot, r, x[r], screen, found[r], mine, value[begin + r])) continue;
@@ -256,7 +252,6 @@ bool Nearest::prepare_row(int64_t slot, int64_t r, const float* x, Screen screen
     mine.open[at] = true;
     if (int8) {
         mine.scale[at] = found.scale;
-        mine.sum[at] = found.sum;
         mine.norm[at] = found.norm;
         mine.rest[at] = found.rest;
         mine.offset[at] = (1 - center_square_ - found.norm * found.norm) / 2;

@@ -41,10 +41,10 @@ class Nearest {
     // One thread's tiles of rows and what it knows of each row.
     struct Scratch {
         Array<float> rows, tiles, buffer, scores, scale, norm, rest, offset, factor;
-        Array<int8_t> codes, code_buffer;
+        Array<uint8_t> codes;
+        Array<int8_t> code_buffer;
         Array<const float*> x;  // times the factor it is what columns are compared with
-        Array<int32_t> sum;
-        Array<Hit> pairs;  // row of the tile, column of the group
+        Array<Hit> pairs;       // row of the tile, column of the group
         Array<float> own;
         Array<bool> open;
     };
@@ -108,7 +108,8 @@ class Nearest {
     Array<float> panels_, plain_bias_;  // of the distinct columns
     Array<float> column_scale_, bias_, column_rest_, column_norm_, own_;
     Array<float> panel_rest_, panel_norm_, panel_own_;  // the most of each panel
-    Array<uint8_t> column_codes_;
+    Array<int8_t> column_codes_;
+    Array<int32_t> column_sum_;  // of the codes
 };
 
 }  // namespace dinofast

@@ -98,9 +98,10 @@ void Nearest::keep_distinct() {
 // Distinct columns c to c + PANEL.
 void Nearest::prepare_panel(int64_t c, Scratch& mine) {
     if (screen_ == Screen::int8) {
-        std::memset(column_codes_.get() + c * quads_ * 4, 128, static_cast<size_t>(PANEL * quads_ * 4));
+        std::memset(column_codes_.get() + c * quads_ * 4, 0, static_cast<size_t>(PANEL * quads_ * 4));
     }
     for (int64_t j = c; j < c + PANEL; ++j) {
+        column_sum_[j] = 0;
         column_scale_[j] = column_rest_[j] = column_norm_[j] = own_[j] = 0;
         bias_[j] = plain_bias_[j] = -INFINITY;
         if (j < count_) prepare_column(j, mine);
@@ -134,16 +135,13 @@ void Nearest::prepare_column(int64_t c, Scratch& mine) {
     }
     if (screen_ != Screen::int8) return;
     int8_t* const codes = mine.code_buffer.get();
-    Quantized found;
-    int8_.quantize(&y, 1, center_.get(), d_, nullptr, 0, codes, Int8Tile::RUN, &found);
+    const Quantized found = int8_.quantize(y, center_.get(), d_, codes, Int8Tile::RUN);
+    column_sum_[c] = found.sum;
     column_scale_[c] = found.scale;
     column_rest_[c] = found.rest + gamma_ * (found.rest + column_norm_[c]);
-    uint8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;
+    int8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;
     for (int64_t quad = 0; quad < quads_; ++quad) {
-        uint32_t four;
-        std::memcpy(&four, codes + 4 * quad, 4);
-        four ^= 0x80808080u;  // counted from -128
-        std::memcpy(out + quad * PANEL * 4, &four, 4);
+        std::memcpy(out + quad * PANEL * 4, codes + 4 * quad, 4);
     }
 }
 

@@ -26,9 +26,9 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     const int64_t lines = rows_.bytes(rows_ahead) / 64;
     if (int8) {
         int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
-                       mine.scale.get() + first, mine.sum.get() + first, column_codes_.get() + c * quads_ * 4,
-                       count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_,
-                       rows_.at(next), lines);
+                       mine.scale.get() + first, column_codes_.get() + c * quads_ * 4, count, quads_,
+                       column_sum_.get() + c, column_scale_.get() + c, bias_.get() + c, mine.scores.get(),
+                       group_, rows_.at(next), lines);
     } else {
         tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
                        plain_bias_.get() + c, mine.scores.get(), group_, rows_.at(next), lines);

@@ -43,7 +43,7 @@ struct Avx512 {
             return _mm512_cvtsi512_si32(_mm512_maskz_compress_epi32(equal, first)) + __builtin_ctz(equal);
         }
     };
-    static double sum_of_squares(const float* x, int64_t d) { return dinofast::sum_of_squares(x, d); }
+    static double sum_of_squares(const float* x, int64_t d) { return Avx512Squares::of(x, d); }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
     static Wide add_widened(Wide sum, const float* p) {

@@ -12,12 +12,12 @@ inline __mmask16 first_lanes(int64_t n) {
     return n <= 0 ? 0 : n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
 }
 
-// A sum of x^2 in float64, 32 channels at a time, then what is left. Halves, because GCC's processors widen
-// four floats at less than half the cost of eight.
-struct Squares {
+// A sum of x^2 in float64, 32 channels at a time, then what is left. Four floats are widened at less than
+// half the cost of eight on some processors.
+struct Avx512Squares {
     __m256d sum[8];
 
-    Squares() {
+    Avx512Squares() {
         for (__m256d& part : sum) part = _mm256_setzero_pd();
     }
 
@@ -41,23 +41,22 @@ struct Squares {
         }
     }
 
+    static double of(const float* x, int64_t d) {
+        Avx512Squares squares;
+        squares.finish(x, 0, d);
+        return squares.total();
+    }
+
     double total() const {
         __m256d half[2];
         for (int i = 0; i < 2; ++i) {
-            half[i] =
-                _mm256_add_pd(_mm256_add_pd(sum[i], sum[2 + i]), _mm256_add_pd(sum[4 + i], sum[6 + i]));
+            half[i] = _mm256_add_pd(_mm256_add_pd(sum[i], sum[2 + i]), _mm256_add_pd(sum[4 + i], sum[6 + i]));
         }
         const __m256d all = _mm256_add_pd(half[0], half[1]);
         const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(all), _mm256_extractf128_pd(all, 1));
         return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
     }
 };
-
-inline double sum_of_squares(const float* x, int64_t d) {
-    Squares squares;
-    squares.finish(x, 0, d);
-    return squares.total();
-}
 
 }  // namespace
 }  // namespace dinofast

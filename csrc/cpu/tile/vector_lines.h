@@ -184,8 +184,8 @@ struct Through {
     uint32_t set;
 };
 
-inline int64_t write_hits(const Through* through, int64_t count, const float* score, int64_t stride,
-                          Hit* hits) {
+template <class V>
+int64_t write_hits(const Through* through, int64_t count, const float* score, int64_t stride, Hit* hits) {
     int64_t found = 0;
     for (int64_t t = 0; t < count; ++t) {
         const float* const row = score + through[t].row * stride;
@@ -216,11 +216,11 @@ int64_t vector_not_below(const float* score, int64_t stride, int64_t rows, int64
             through[full] = {static_cast<int32_t>(r), static_cast<int32_t>(j), set};
             full += set != 0;
             if (full < ROOM) continue;
-            found += write_hits(through, full, score, stride, hits + found);
+            found += write_hits<V>(through, full, score, stride, hits + found);
             full = 0;
         }
     }
-    return found + write_hits(through, full, score, stride, hits + found);
+    return found + write_hits<V>(through, full, score, stride, hits + found);
 }
 
 template <class V>

@@ -120,10 +120,10 @@ void Nearest::prepare_column(int64_t c, Scratch& mine) {
     const float* const y = column(c);
     if (what_ == Value::cosine) {
         plain_bias_[c] = 0;
-        bias_[c] = lines.dot(center_.get(), y, d_);
+        bias_[c] = centered_ ? lines.dot(center_.get(), y, d_) : 0;
         own_[c] = 4 * gamma_;  // of bias, decision and sum
     }
-    const double square = lines.sq_distance(y, center_.get(), d_);
+    const double square = centered_ ? lines.sq_distance(y, center_.get(), d_) : 1;  // at most, of unit rows
     column_norm_[c] = static_cast<float>((1 + gamma_) * std::sqrt(square));
     if (what_ == Value::sq_distance) {
         plain_bias_[c] = bias_[c] = static_cast<float>(-square / 2);

@@ -83,6 +83,14 @@ struct Avx2 {
         const __m128 sum = halves(x), pairs = _mm_hadd_ps(sum, sum);
         return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
+    // Sum of 16, of which the second half is added to the first until one is left.
+    static double halved(const double* x) {
+        const __m256d left = _mm256_add_pd(_mm256_loadu_pd(x), _mm256_loadu_pd(x + 8));
+        const __m256d four =
+            _mm256_add_pd(left, _mm256_add_pd(_mm256_loadu_pd(x + 4), _mm256_loadu_pd(x + 12)));
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    }
     template <int N>
     [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,
                                                           int64_t d, double (*sums)[16]) {

@@ -67,8 +67,15 @@ struct Avx512 {
     }
     // The bits of sum_each.
     static float sum_one(Float x) {
-        const __m128 sum = quarters(x), pairs = _mm_hadd_ps(sum, sum);
-        return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
+        const __m128 sum = quarters(x), pairs = _mm_add_ps(sum, _mm_movehdup_ps(sum));
+        return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehl_ps(pairs, pairs)));
+    }
+    // Sum of 16, of which the second half is added to the first until one is left.
+    static double halved(const double* x) {
+        const __m512d eight = _mm512_add_pd(_mm512_loadu_pd(x), _mm512_loadu_pd(x + 8));
+        const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
     }
     template <int N>
     [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,

@@ -16,10 +16,7 @@ template <class V, int N>
             const double gap = x[n][k + i] - y[n][k + i];
             sums[n][i] += gap * gap;
         }
-        for (int half = 8; half > 0; half /= 2) {
-            for (int i = 0; i < half; ++i) sums[n][i] += sums[n][i + half];
-        }
-        out[n] = sums[n][0];
+        out[n] = V::halved(sums[n]);
     }
 }
 

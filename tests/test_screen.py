@@ -107,6 +107,32 @@ def test_columns_that_int8_ranks_wrongly(call, d, k, common):
 
 
 @needs_int8
+@pytest.mark.parametrize("scale", [1.0, 3e-5, 4e4])
+def test_what_the_codes_of_a_row_leave_out_decides_as_far_as_the_bound_allows(scale):
+    """The codes of all columns are exact, those of the row are 127 in one channel and 0 in all others.
+
+    By them the row scores with its best column below the true value of the second by 0.92 of
+    |rest| · |column|, the most that the screen may add.
+    """
+    d, generator = 384, torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (d - 9,), generator=generator) * 2.0 - 1
+    row, best, second = torch.zeros(3, d)
+    row[0] = best[0] = second[0] = 127
+    row[9:], best[9:], second[1:9] = 0.45 * signs, 20 * signs, 111
+    others = torch.randint(-127, 127, (30, d), generator=generator).float()
+    others[:, 0] = -127
+    columns = torch.stack([*others[:15], second, *others[15:], best])
+    cosine = torch.nn.functional.cosine_similarity(row.double(), columns.double())
+    assert cosine.topk(2).indices.tolist() == [31, 15]
+    lost = row.double() - row.double().round()
+    left = cosine[15] - (row.double() - lost) @ best.double() / row.double().norm() / best.double().norm()
+    assert 0.9 < left / (lost.norm() / row.double().norm()) < 0.95
+    similarity, index = assert_screens_agree(ops.cosine_max, scale * row.repeat(40, 1), columns)
+    assert index.tolist() == [31] * 40
+    torch.testing.assert_close(similarity[0].double(), cosine[31], rtol=0, atol=1e-6)
+
+
+@needs_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [40, 48, 384])
 def test_rows_of_any_norm_are_coded_with_what_brings_them_to_unit_norm(d, dtype):

@@ -241,9 +241,11 @@ struct Avx512Codes {
 
     static void quantize_units(const float** x, int64_t count, int64_t d, float* units, int64_t unit_stride,
                                uint8_t* codes, int64_t stride, Quantized* found) {
-        constexpr double LEAST = 1e-16,
-                         MOST = 1e16;        // squared norms of rows whose own channels are quantized
-        constexpr float ROUNDED = 0x1p-22f;  // what rounding may add to a unit row
+        // Squared norms of rows whose own channels are quantized.
+        constexpr double LEAST = 1e-16, MOST = 1e16;
+        // The unit row is x * factor, rounded; its codes count step * factor, rounded: each is off by 2^-24
+        // of a norm of 1, or little more. So is the factor from the inverse norm.
+        constexpr float ROUNDED = 0x1p-22f;
         float peak[ROWS], factor[ROWS];
         const auto start = [&](int64_t r, const Plain& measure) {
             const double sum = measure.squares.total();

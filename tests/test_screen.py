@@ -37,14 +37,17 @@ def assert_screens_agree(call, rows, columns):
     return narrow
 
 
-def int8_misranks(rows, columns):
+def center_of(columns):
+    k = len(columns)
+    return columns[[k * s // min(k, 16) for s in range(min(k, 16))]].double().mean(0)
+
+
+def int8_misranks(rows, columns, center):
     """Tell for each row whether the codes alone, centered and scaled as in the screen, name a worse column.
 
     The screen's score is the product of the codes of row - center and column - center, plus center·column or
     minus half the column's squared distance from the center, which orders unit columns the same.
     """
-    k = len(columns)
-    center = columns[[k * s // min(k, 16) for s in range(min(k, 16))]].double().mean(0)
 
     def codes(x):
         gap = x.double() - center
@@ -57,14 +60,16 @@ def int8_misranks(rows, columns):
     return true.gather(1, score.argmax(1, keepdim=True))[:, 0] > true.amin(1) + 1e-6
 
 
-def near_ties(d, k, seed):
+def near_ties(d, k, seed, common):
     """Draw columns that differ by less than half a step of their codes, and rows among them.
 
     One large channel, of either sign so that the center does not take it away, makes the step coarse; the
-    differences stand in the other channels.
+    differences stand in the other channels. `common` is the squared norm, in units of that channel's, of
+    what all have in common: the center.
     """
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(d, generator=generator, dtype=torch.float64)
+    base *= 40 * common**0.5 / base.norm()
     columns = base + 0.05 * torch.randn(k, d, generator=generator, dtype=torch.float64)
     columns[:, 0] = 40 * (-1) ** torch.arange(k)
     columns[:, 1:] *= 0.98 + 0.02 * torch.rand(k, 1, generator=generator, dtype=torch.float64)
@@ -75,16 +80,20 @@ def near_ties(d, k, seed):
 
 @needs_int8
 @pytest.mark.parametrize("call", [ops.cosine_max, ops.kmeans_step])
+@pytest.mark.parametrize("common", [0.25, 3])
 @pytest.mark.parametrize(("d", "k"), [(33, 20), (64, 150), (130, 700), (384, 150), (384, 1100)])
-def test_columns_that_int8_ranks_wrongly(call, d, k):
-    rows, columns = near_ties(d, k, d + k)
+def test_columns_that_int8_ranks_wrongly(call, d, k, common):
+    rows, columns = near_ties(d, k, d + k, common)
     spread = columns
     if call is ops.cosine_max:
         unit = torch.nn.functional.normalize
         spread = columns * torch.linspace(0.5, 2, k)[:, None]
-        assert bool(int8_misranks(unit(rows), unit(spread)).any())
+        center = center_of(unit(spread))
+        centered = bool(center.square().sum() > 0.5)  # of short centers the screen makes none
+        assert centered == (common == 3)
+        assert bool(int8_misranks(unit(rows), unit(spread), center * centered).any())
     else:
-        assert bool(int8_misranks(rows, columns).any())
+        assert bool(int8_misranks(rows, columns, center_of(columns)).any())
     found = assert_screens_agree(call, rows, spread)
     wide, true = rows.double(), spread.double()
     if call is ops.cosine_max:
@@ -95,6 +104,50 @@ def test_columns_that_int8_ranks_wrongly(call, d, k):
         value, best, named = found[1], gaps.amin(1), gaps.gather(1, found[0][:, None])[:, 0]
     torch.testing.assert_close(value.double(), best, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(named, best, rtol=1e-6, atol=1e-6)
+
+
+@needs_int8
+@pytest.mark.parametrize("scale", [1.0, 3e-5, 4e4])
+def test_what_the_codes_of_a_row_leave_out_decides_as_far_as_the_bound_allows(scale):
+    """The codes of all columns are exact, those of the row are 127 in one channel and 0 in all others.
+
+    By them the row scores with its best column below the true value of the second by 0.92 of
+    |rest| · |column|, the most that the screen may add.
+    """
+    d, generator = 384, torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (d - 9,), generator=generator) * 2.0 - 1
+    row, best, second = torch.zeros(3, d)
+    row[0] = best[0] = second[0] = 127
+    row[9:], best[9:], second[1:9] = 0.45 * signs, 20 * signs, 111
+    others = torch.randint(-127, 127, (30, d), generator=generator).float()
+    others[:, 0] = -127
+    columns = torch.stack([*others[:15], second, *others[15:], best])
+    cosine = torch.nn.functional.cosine_similarity(row.double(), columns.double())
+    assert cosine.topk(2).indices.tolist() == [31, 15]
+    lost = row.double() - row.double().round()
+    left = cosine[15] - (row.double() - lost) @ best.double() / row.double().norm() / best.double().norm()
+    assert 0.9 < left / (lost.norm() / row.double().norm()) < 0.95
+    similarity, index = assert_screens_agree(ops.cosine_max, scale * row.repeat(40, 1), columns)
+    assert index.tolist() == [31] * 40
+    torch.testing.assert_close(similarity[0].double(), cosine[31], rtol=0, atol=1e-6)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [40, 48, 384])
+def test_rows_of_any_norm_are_coded_with_what_brings_them_to_unit_norm(d, dtype):
+    generator = torch.Generator().manual_seed(d)
+    rows = torch.randn(90, d, generator=generator) * 10 ** torch.linspace(-37, 36, 90)[:, None]
+    rows[[13, 50]] = 0
+    columns = torch.randn(40, d, generator=generator)
+    rows[60:63] = 3e7 * (columns[7] + 1e-3 * torch.randn(3, d, generator=generator))
+    columns[8] = columns[7] * (1 + 1e-3 * torch.randn(d, generator=generator))
+    similarity, index = assert_screens_agree(ops.cosine_max, rows.to(dtype), columns.to(dtype))
+    unit = torch.nn.functional.normalize
+    wide, true = rows.to(dtype).double(), columns.to(dtype).double()
+    cosine = unit(wide, eps=1e-60) @ unit(true).T
+    torch.testing.assert_close(similarity.double(), cosine.amax(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(cosine.gather(1, index[:, None])[:, 0], cosine.amax(1), rtol=0, atol=1e-6)
 
 
 @needs_int8

@@ -8,10 +8,12 @@
 
 namespace dinofast {
 
-// What became of a row: codes times scale, the norms of the row and of the rest, the sum of the codes.
+// What became of a row: codes times scale, the norms of the row and of the rest, the sum of the codes. Where
+// rows are scaled to unit norm all this is of the unit row, which is the row times `factor`.
 struct Quantized {
     float scale, rest, norm;
     int32_t sum;
+    float factor = 1;
 };
 
 // Quantized rows in a tile, and columns in panels, with what bounds the part of a product that their codes
@@ -45,19 +47,24 @@ struct Int8Tile {
     // both products + tail * tail + bias of the second, which is the score.
     int64_t (*sift)(const CodedRows rows[2], const CodedColumns columns[2], int64_t count, Hit* hits);
 
-    // As Tile::products, of quantized rows: row_scale[row] * scale[column] * product + bias[column]. Null
-    // where float32 is as fast.
-    void (*products)(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
-                     const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
-                     const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines);
+    // As Tile::products, of rows and columns by quantize_rows and quantize, here the columns as they are and
+    // with the sums of their codes: row_scale[row] * scale[column] * product + bias[column]. Null where
+    // float32 is as fast.
+    void (*products)(const int32_t* tile, const float* row_scale, const int8_t* panels, int64_t columns,
+                     int64_t quads, const int32_t* sum, const float* scale, const float* bias, float* out,
+                     int64_t stride, const char* ahead, int64_t lines);
 
-    // Quantize up to ROWS rows x (d,) less the center into runs of codes, RUN bytes from row to row, `stride`
-    // from run to run, 0 behind the last channel. With `units` each row is scaled first as by Tile::normalize
-    // and written there, `unit_stride` floats from row to row. The norms are rounded up. Rows without a
-    // channel beyond 1e-12 get scale 0; so do those with one beyond 1e12, NaN or inf, and infinite norms.
-    // Null with `products`.
-    void (*quantize)(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
-                     int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found);
+    // Quantize x (d,) less the center into runs of codes, `stride` from run to run, 0 behind the last
+    // channel. The norms are rounded up. Without a channel beyond 1e-12 the scale is 0; so it is with one
+    // beyond 1e12, NaN or inf, and infinite norms. Null with `products`.
+    Quantized (*quantize)(const float* x, const float* center, int64_t d, int8_t* codes, int64_t stride);
+
+    // The same of up to ROWS rows in a tile, RUN bytes from row to row, of codes counted from -128, and
+    // without their sums. With `units` each row is scaled first as by Tile::normalize and written there,
+    // `unit_stride` floats from row to row. Without a center none is written but those whose norm is extreme:
+    // for them x is moved there. A zero row has factor 0 then. Null with `products`.
+    void (*quantize_rows)(const float** x, int64_t count, const float* center, int64_t d, float* units,
+                          int64_t unit_stride, uint8_t* codes, int64_t stride, Quantized* found);
 };
 
 extern const Int8Tile baseline_int8_tile;

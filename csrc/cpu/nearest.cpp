@@ -64,7 +64,8 @@ Nearest::Nearest(const Tile& tile, const Int8Tile& int8, Value what, const Rows&
       panel_rest_(allocate<float>(block_ / PANEL)),
       panel_norm_(allocate<float>(block_ / PANEL)),
       panel_own_(allocate<float>(block_ / PANEL)),
-      column_codes_(allocate<uint8_t>(block_ * quads_ * 4)) {
+      column_codes_(allocate<int8_t>(block_ * quads_ * 4)),
+      column_sum_(allocate<int32_t>(block_)) {
     if (what == Value::cosine) units_ = allocate<float>(block_ * padded_);
     std::fill(zero_.get(), zero_.get() + padded_, 0.0f);
 }
@@ -79,12 +80,11 @@ Nearest::Scratch Nearest::scratch() const {
             allocate<float>(rows),
             allocate<float>(rows),
             allocate<float>(rows),
-            allocate<int8_t>(rows * code_size_),
+            allocate<float>(rows),
+            allocate<uint8_t>(rows * code_size_),
             allocate<int8_t>(code_size_),
             allocate<const float*>(rows),
-            allocate<int32_t>(rows),
-            allocate<int32_t>(height_ * group_ + SELECTED),
-            allocate<Pair>(height_ * group_ + 1),
+            allocate<Hit>(height_ * group_),
             allocate<float>(height_ * group_),
             allocate<bool>(rows)};
 }
@@ -198,15 +198,15 @@ void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine
     for (int64_t r = 0; r < height_; ++r) {
         mine.open[first + r] = false;
         mine.scale[first + r] = 0;
-        mine.sum[first + r] = 0;
         mine.offset[first + r] = 0;
+        mine.factor[first + r] = 1;
         mine.x[first + r] = zero_.get();
         if (r < present)
-            x[r] = rows_.get(begin + r, cosine ? mine.buffer.get() + r * padded_ : own + r * padded_);
+            x[r] = read_row(begin + r, screen, own + r * padded_, mine.buffer.get() + r * padded_);
     }
     if (screen == Screen::int8) {
-        int8_.quantize(x, present, center_.get(), d_, cosine ? own : nullptr, padded_,
-                       mine.codes.get() + first * code_size_, height_ * Int8Tile::RUN, found);
+        int8_.quantize_rows(x, present, centered_ ? center_.get() : nullptr, d_, cosine ? own : nullptr,
+                            padded_, mine.codes.get() + first * code_size_, height_ * Int8Tile::RUN, found);
     }
     for (int64_t r = 0; r < present; ++r) {
         if (prepare_row(slot, r, x[r], screen, found[r], mine, value[begin + r])) continue;
@@ -215,12 +215,30 @@ void Nearest::prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine
     }
 }
 
+// Row i as float32, in its own place where it must stay: such rows are read to a multiple of 16.
+const float* Nearest::read_row(int64_t i, Screen screen, float* own, float* buffer) const {
+    if (what_ == Value::sq_distance) return rows_.get(i, own);
+    if (screen != Screen::int8 || centered_) return rows_.get(i, buffer);
+    const float* const x = rows_.get(i, own);
+    if (d_ % 16 == 0) return x;
+    if (x != own) std::copy(x, x + d_, own);
+    std::fill(own + d_, own + padded_, 0.0f);
+    return own;
+}
+
 // False when the row holds NaN or inf.
 bool Nearest::prepare_row(int64_t slot, int64_t r, const float* x, Screen screen, const Quantized& found,
                           Scratch& mine, float& value) const {
     const int64_t at = slot * height_ + r;
     const bool int8 = screen == Screen::int8;
-    if (what_ == Value::cosine) {
+    if (int8 && !centered_) {
+        if (!(found.norm < HUGE_NORM)) return false;
+        if (found.factor == 0) {
+            value = 0;
+            return true;
+        }
+        mine.factor[at] = found.factor;
+    } else if (what_ == Value::cosine) {
         float* const unit = mine.rows.get() + at * padded_;
         if (int8 ? !(found.norm < HUGE_NORM) : !tile_.normalize(x, d_, unit, DEPTH)) return false;
         std::fill(unit + d_, unit + padded_, 0.0f);
@@ -234,7 +252,6 @@ bool Nearest::prepare_row(int64_t slot, int64_t r, const float* x, Screen screen
     mine.open[at] = true;
     if (int8) {
         mine.scale[at] = found.scale;
-        mine.sum[at] = found.sum;
         mine.norm[at] = found.norm;
         mine.rest[at] = found.rest;
         mine.offset[at] = (1 - center_square_ - found.norm * found.norm) / 2;

@@ -33,25 +33,18 @@ class Nearest {
   private:
     enum class Screen { int8, float32, none };
 
-    // Row of the tile, column of the group.
-    struct Pair {
-        int32_t row, column;
-    };
-
-    // What a row of a tile wants of a group: columns whose score plus error reaches the limit.
-    struct Wanted {
-        float limit, base, by_rest, by_norm;
-        int32_t top;
-        int64_t count;
+    // What the score of a row of a tile may err: by the column, and at most in the group.
+    struct Error {
+        float base, by_rest, by_norm, most;
     };
 
     // One thread's tiles of rows and what it knows of each row.
     struct Scratch {
-        Array<float> rows, tiles, buffer, scores, scale, norm, rest, offset;
-        Array<int8_t> codes, code_buffer;
-        Array<const float*> x;
-        Array<int32_t> sum, columns;
-        Array<Pair> pairs;
+        Array<float> rows, tiles, buffer, scores, scale, norm, rest, offset, factor;
+        Array<uint8_t> codes;
+        Array<int8_t> code_buffer;
+        Array<const float*> x;  // times the factor it is what columns are compared with
+        Array<Hit> pairs;       // row of the tile, column of the group
         Array<float> own;
         Array<bool> open;
     };
@@ -66,14 +59,16 @@ class Nearest {
     void decide(int64_t begin, int64_t end, Scratch& mine, float* value, int64_t* index);
     void prepare_tile(int64_t t, int64_t slot, Screen screen, Scratch& mine, float* value,
                       int64_t* index) const;
+    const float* read_row(int64_t i, Screen screen, float* own, float* buffer) const;
     bool prepare_row(int64_t slot, int64_t r, const float* x, Screen screen, const Quantized& found,
                      Scratch& mine, float& value) const;
     int64_t decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, Screen screen, Scratch& mine,
                         float* value, int64_t* index) const;
     void decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Scratch& mine, float* value,
                       int64_t* index) const;
+    void write_unit(int64_t at, Scratch& mine) const;
     void decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
-                    int32_t* list, Scratch& mine, float* value, int64_t* index) const;
+                    Scratch& mine, float* value, int64_t* index) const;
     void judge(Screen screen, int64_t rows, int64_t found);
     void offer(float own, int64_t number, float& value, int64_t& index) const;
     const float* read(int64_t j) const;
@@ -87,8 +82,7 @@ class Nearest {
     float limit_for(float value, float norm, float offset) const;
 
     static constexpr int64_t PANEL =
-        Int8Tile::COLUMNS;                   // columns prepared at once: whole panels of every tile
-    static constexpr int64_t SELECTED = 16;  // scores that Lines::select reads at once, also behind the last
+        Int8Tile::COLUMNS;                     // columns prepared at once: whole panels of every tile
     static constexpr float HUGE_NORM = 1e15f;  // scores of longer rows might overflow
 
     const Tile& tile_;
@@ -106,6 +100,7 @@ class Nearest {
 
     Array<float> zero_, center_;
     float center_square_ = 0;
+    bool centered_ = true;
     Array<float> units_;                // of the columns that are read
     Array<uint64_t> hash_;              // of their bits
     Array<int32_t> held_;               // a table of them by hash
@@ -113,7 +108,8 @@ class Nearest {
     Array<float> panels_, plain_bias_;  // of the distinct columns
     Array<float> column_scale_, bias_, column_rest_, column_norm_, own_;
     Array<float> panel_rest_, panel_norm_, panel_own_;  // the most of each panel
-    Array<uint8_t> column_codes_;
+    Array<int8_t> column_codes_;
+    Array<int32_t> column_sum_;  // of the codes
 };
 
 }  // namespace dinofast

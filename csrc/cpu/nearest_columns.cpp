@@ -12,6 +12,7 @@ namespace dinofast {
 namespace {
 
 constexpr int64_t SAMPLE = 16;  // columns whose mean is the center
+constexpr float SHORT = 0.5f;   // squared norm to which a center of unit columns gains less than it costs
 
 // Of the bits of floats that fill whole cache lines; four words at a time, each apart from the others.
 uint64_t hash(const float* x, int64_t count) {
@@ -30,7 +31,7 @@ uint64_t hash(const float* x, int64_t count) {
 
 }  // namespace
 
-// Any center is right; near the mean, what is quantized is short.
+// Any center is right; near the mean, what is quantized is short. Without one, unit rows need not be written.
 void Nearest::find_center() {
     const int64_t count = std::min(columns_.count, SAMPLE);
     const Array<float> row = allocate<float>(2 * d_);
@@ -50,6 +51,10 @@ void Nearest::find_center() {
         center_[k] = static_cast<float>(sum[static_cast<size_t>(k)] / static_cast<double>(whole));
     }
     center_square_ = static_cast<float>(tile_.lines.sq_distance(center_.get(), zero_.get(), d_));
+    if (what_ == Value::sq_distance || center_square_ > SHORT) return;
+    std::fill(center_.get(), center_.get() + padded_, 0.0f);
+    center_square_ = 0;
+    centered_ = false;
 }
 
 // Column j of the block, as `read` gives it. False when it holds NaN or inf.
@@ -93,9 +98,10 @@ void Nearest::keep_distinct() {
 // Distinct columns c to c + PANEL.
 void Nearest::prepare_panel(int64_t c, Scratch& mine) {
     if (screen_ == Screen::int8) {
-        std::memset(column_codes_.get() + c * quads_ * 4, 128, static_cast<size_t>(PANEL * quads_ * 4));
+        std::memset(column_codes_.get() + c * quads_ * 4, 0, static_cast<size_t>(PANEL * quads_ * 4));
     }
     for (int64_t j = c; j < c + PANEL; ++j) {
+        column_sum_[j] = 0;
         column_scale_[j] = column_rest_[j] = column_norm_[j] = own_[j] = 0;
         bias_[j] = plain_bias_[j] = -INFINITY;
         if (j < count_) prepare_column(j, mine);
@@ -114,10 +120,10 @@ void Nearest::prepare_column(int64_t c, Scratch& mine) {
     const float* const y = column(c);
     if (what_ == Value::cosine) {
         plain_bias_[c] = 0;
-        bias_[c] = lines.dot(center_.get(), y, d_);
+        bias_[c] = centered_ ? lines.dot(center_.get(), y, d_) : 0;
         own_[c] = 4 * gamma_;  // of bias, decision and sum
     }
-    const double square = lines.sq_distance(y, center_.get(), d_);
+    const double square = centered_ ? lines.sq_distance(y, center_.get(), d_) : 1;  // at most, of unit rows
     column_norm_[c] = static_cast<float>((1 + gamma_) * std::sqrt(square));
     if (what_ == Value::sq_distance) {
         plain_bias_[c] = bias_[c] = static_cast<float>(-square / 2);
@@ -129,16 +135,13 @@ void Nearest::prepare_column(int64_t c, Scratch& mine) {
     }
     if (screen_ != Screen::int8) return;
     int8_t* const codes = mine.code_buffer.get();
-    Quantized found;
-    int8_.quantize(&y, 1, center_.get(), d_, nullptr, 0, codes, Int8Tile::RUN, &found);
+    const Quantized found = int8_.quantize(y, center_.get(), d_, codes, Int8Tile::RUN);
+    column_sum_[c] = found.sum;
     column_scale_[c] = found.scale;
     column_rest_[c] = found.rest + gamma_ * (found.rest + column_norm_[c]);
-    uint8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;
+    int8_t* const out = column_codes_.get() + (c / PANEL * quads_ * PANEL + c % PANEL) * 4;
     for (int64_t quad = 0; quad < quads_; ++quad) {
-        uint32_t four;
-        std::memcpy(&four, codes + 4 * quad, 4);
-        four ^= 0x80808080u;  // counted from -128
-        std::memcpy(out + quad * PANEL * 4, &four, 4);
+        std::memcpy(out + quad * PANEL * 4, codes + 4 * quad, 4);
     }
 }
 

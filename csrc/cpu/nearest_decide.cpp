@@ -18,7 +18,7 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     const int64_t first = slot * height_;
     const bool int8 = screen == Screen::int8;
     if (screen == Screen::none) {
-        decide_all(t, slot, 0, height_, c, count, mine.columns.get(), mine, value, index);
+        decide_all(t, slot, 0, height_, c, count, mine, value, index);
         return 0;
     }
     const int64_t next = std::min((t + slots_) * height_, rows_.count);
@@ -26,9 +26,9 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     const int64_t lines = rows_.bytes(rows_ahead) / 64;
     if (int8) {
         int8_.products(reinterpret_cast<const int32_t*>(mine.codes.get() + first * code_size_),
-                       mine.scale.get() + first, mine.sum.get() + first, column_codes_.get() + c * quads_ * 4,
-                       count, quads_, column_scale_.get() + c, bias_.get() + c, mine.scores.get(), group_,
-                       rows_.at(next), lines);
+                       mine.scale.get() + first, column_codes_.get() + c * quads_ * 4, count, quads_,
+                       column_sum_.get() + c, column_scale_.get() + c, bias_.get() + c, mine.scores.get(),
+                       group_, rows_.at(next), lines);
     } else {
         tile_.products(mine.tiles.get() + first * padded_, panels_.get() + c * d_, count, d_,
                        plain_bias_.get() + c, mine.scores.get(), group_, rows_.at(next), lines);
@@ -40,53 +40,60 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         most_own = std::max(most_own, panel_own_[p]);
     }
     // Each step for all rows: what one row has to wait for does not keep the others.
-    Wanted wanted[MAX_ROWS];
-    int32_t* const lists = mine.columns.get();
-    int64_t decided = 0, listed = 0, pairs = 0;
+    float best[MAX_ROWS];
+    int32_t top[MAX_ROWS];
+    Error errors[MAX_ROWS];
+    bool wanted[MAX_ROWS], full[MAX_ROWS] = {};  // rows of which some columns are decided, or all
+    tile_.lines.highest(mine.scores.get(), group_, height_, count, best, top);
+    int64_t pairs = 0;
     for (int64_t r = 0; r < height_; ++r) {
-        const int64_t at = first + r, i = t * height_ + r;
-        Wanted& row = wanted[r];
-        row.count = 0;
-        if (!mine.open[at]) continue;
-        const float norm = mine.norm[at];
-        row.base = what_ == Value::cosine ? TINY : gamma_ * norm * norm + TINY;
-        row.by_rest = int8 ? norm + mine.rest[at] : 0;
-        row.by_norm = int8 ? mine.rest[at] : gamma_ * norm;
-        row.limit = limit_for(value[i], norm, mine.offset[at]);
-        const float slack = row.base + row.by_rest * most_rest + row.by_norm * most_norm + most_own;
-        const int64_t found = tile_.lines.select(mine.scores.get() + r * group_, count, row.limit, slack,
-                                                 lists + listed, &row.top);
-        if (found == 0) continue;
-        if (what_ == Value::cosine && found > 4 && found * 3 > count) {
-            decide_all(t, slot, r, 1, c, count, lists + listed, mine, value, index);
-            decided += found;
-            continue;
+        const int64_t at = first + r;
+        const float norm = mine.norm[at], rest = mine.rest[at];
+        Error& error = errors[r];
+        error.base = what_ == Value::cosine ? TINY : gamma_ * norm * norm + TINY;
+        error.by_rest = int8 ? norm + rest : 0;
+        error.by_norm = int8 ? rest : gamma_ * norm;
+        error.most = error.base + error.by_rest * most_rest + error.by_norm * most_norm + most_own;
+        const float limit = limit_for(value[t * height_ + r], norm, mine.offset[at]);
+        wanted[r] = mine.open[at] && !(best[r] + error.most < limit);
+        if (!wanted[r] || top[r] < 0) continue;
+        mine.scores[r * group_ + top[r]] = -INFINITY;  // decided here
+        mine.pairs[pairs++] = {static_cast<int32_t>(r), top[r], best[r]};
+    }
+    decide_pairs(t, slot, c, pairs, mine, value, index);
+    int64_t decided = pairs;
+    float limit[MAX_ROWS], least[MAX_ROWS];
+    for (int64_t r = 0; r < height_; ++r) {
+        limit[r] = limit_for(value[t * height_ + r], mine.norm[first + r], mine.offset[first + r]);
+        least[r] = wanted[r] ? limit[r] - errors[r].most : INFINITY;
+    }
+    const int64_t found =
+        tile_.lines.not_below(mine.scores.get(), group_, height_, count, least, mine.pairs.get());
+    if (what_ == Value::cosine && found * 3 > count) {
+        int64_t of_row[MAX_ROWS] = {};
+        for (int64_t f = 0; f < found; ++f) ++of_row[mine.pairs[f].row];
+        for (int64_t r = 0; r < height_; ++r) {
+            if (!wanted[r] || of_row[r] <= 4 || of_row[r] * 3 <= count) continue;
+            full[r] = true;
+            decided += of_row[r];
         }
-        row.count = found;
-        listed += found;
-        mine.pairs[pairs++] = {static_cast<int32_t>(r), row.top};
+    }
+    pairs = 0;
+    for (int64_t f = 0; f < found; ++f) {
+        const Hit pair = mine.pairs[f];
+        const Error& error = errors[pair.row];
+        const int64_t j = c + pair.column;
+        const float own =
+            error.base + error.by_rest * column_rest_[j] + error.by_norm * column_norm_[j] + own_[j];
+        mine.pairs[pairs] = pair;
+        pairs += wanted[pair.row] & !full[pair.row] & !(pair.score + own < limit[pair.row]);
     }
     decide_pairs(t, slot, c, pairs, mine, value, index);
     decided += pairs;
-    pairs = 0;
-    const int32_t* list = lists;
-    for (int64_t r = 0; r < height_; list += wanted[r++].count) {
-        const Wanted& row = wanted[r];
-        if (row.count < 2) continue;
-        const int64_t at = first + r;
-        const float* const score = mine.scores.get() + r * group_;
-        const float own = limit_for(value[t * height_ + r], mine.norm[at], mine.offset[at]);
-        const float limit = std::max(row.limit, own);
-        for (int64_t f = 0; f < row.count; ++f) {
-            const int64_t j = list[f];
-            const float error = row.base + row.by_rest * column_rest_[c + j] +
-                                row.by_norm * column_norm_[c + j] + own_[c + j];
-            mine.pairs[pairs] = {static_cast<int32_t>(r), list[f]};
-            pairs += (list[f] != row.top) & !(score[j] + error < limit);
-        }
+    for (int64_t r = 0; r < height_; ++r) {
+        if (full[r]) decide_all(t, slot, r, 1, c, count, mine, value, index);
     }
-    decide_pairs(t, slot, c, pairs, mine, value, index);
-    return decided + pairs;
+    return decided;
 }
 
 // The pairs of tile t that are listed, with columns counted from c.
@@ -95,16 +102,21 @@ void Nearest::decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Sc
     for (int64_t p = 0; p < count; p += DECIDED) {
         const int64_t some = std::min(DECIDED, count - p);
         const float *x[DECIDED], *y[DECIDED];
+        float factor[DECIDED];
         double square[DECIDED];
         for (int64_t i = 0; i < some; ++i) {
-            x[i] = mine.x[slot * height_ + mine.pairs[p + i].row];
+            const int64_t at = slot * height_ + mine.pairs[p + i].row;
+            x[i] = mine.x[at];
+            factor[i] = mine.factor[at];
             y[i] = column(c + mine.pairs[p + i].column);
         }
-        if (what_ == Value::sq_distance) tile_.lines.sq_distances(x, y, some, d_, square);
-        for (int64_t i = 0; i < some; ++i) {
-            mine.own[p + i] = what_ == Value::cosine
-                                  ? std::clamp(tile_.lines.dot(x[i], y[i], d_), -1.0f, 1.0f)
-                                  : static_cast<float>(square[i]);
+        float* const own = mine.own.get() + p;
+        if (what_ == Value::cosine) {
+            tile_.lines.scaled_dots(x, factor, y, some, d_, own);
+            for (int64_t i = 0; i < some; ++i) own[i] = std::clamp(own[i], -1.0f, 1.0f);
+        } else {
+            tile_.lines.sq_distances(x, y, some, d_, square);
+            for (int64_t i = 0; i < some; ++i) own[i] = static_cast<float>(square[i]);
         }
     }
     for (int64_t p = 0; p < count; ++p) {
@@ -113,10 +125,23 @@ void Nearest::decide_pairs(int64_t t, int64_t slot, int64_t c, int64_t count, Sc
     }
 }
 
+// Let the row be the unit row itself.
+void Nearest::write_unit(int64_t at, Scratch& mine) const {
+    const float factor = mine.factor[at];
+    if (factor == 1) return;
+    const float* const x = mine.x[at];
+    float* const unit = mine.rows.get() + at * padded_;
+    for (int64_t k = 0; k < d_; ++k) unit[k] = x[k] * factor;
+    std::fill(unit + d_, unit + padded_, 0.0f);
+    mine.x[at] = unit;
+    mine.factor[at] = 1;
+}
+
 // Every pair of `rows` rows of the tile from row `begin` on; cosines only.
 void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, int64_t c, int64_t count,
-                         int32_t* list, Scratch& mine, float* value, int64_t* index) const {
+                         Scratch& mine, float* value, int64_t* index) const {
     const int64_t first = slot * height_;
+    for (int64_t r = begin; r < begin + rows; ++r) write_unit(first + r, mine);
     for (int64_t j = 0; j < count; j += 4) {
         const float* four[4];
         for (int64_t i = 0; i < 4; ++i) four[i] = column(c + std::min(j + i, count - 1));
@@ -128,10 +153,13 @@ void Nearest::decide_all(int64_t t, int64_t slot, int64_t begin, int64_t rows, i
         if (!mine.open[first + r]) continue;
         float* const score = mine.scores.get() + r * group_;
         for (int64_t j = 0; j < count; ++j) score[j] = std::clamp(score[j], -1.0f, 1.0f);
-        std::fill(score + count, score + std::min(round_up(count, SELECTED), group_), -INFINITY);
+        std::fill(score + count, score + round_up(count, PANEL), -INFINITY);
+        float best;
         int32_t top;
-        if (tile_.lines.select(score, count, value[i], 0, list, &top) == 0) continue;
-        offer(score[list[0]], start_ + number_[c + list[0]], value[i], index[i]);
+        tile_.lines.highest(score, group_, 1, count, &best, &top);
+        if (top < 0 || best < value[i]) continue;
+        tile_.lines.not_below(score, group_, 1, count, &best, mine.pairs.get());
+        offer(best, start_ + number_[c + mine.pairs[0].column], value[i], index[i]);
     }
 }
 

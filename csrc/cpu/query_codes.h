@@ -46,8 +46,8 @@ class QueryCodes {
         int32_t* const out = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
         Quantized found;
         if (int8_.quantize != nullptr && channels_ > 0) {
-            int8_.quantize(&x, 1, center, channels_, nullptr, 0, reinterpret_cast<int8_t*>(out),
-                           ROWS * Int8Tile::RUN, &found);
+            found =
+                int8_.quantize(x, center, channels_, reinterpret_cast<int8_t*>(out), ROWS * Int8Tile::RUN);
         } else {
             found = plainly(x, center, buffer, out);
         }

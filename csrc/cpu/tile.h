@@ -36,15 +36,24 @@ struct Lines {
     // Inner product in float32, in one order; both are readable to a multiple of 16, and 0 behind d.
     float (*dot)(const float* x, const float* y, int64_t d);
 
+    // The same bits as of x times factor, rounded, for `count` pairs.
+    void (*scaled_dots)(const float* const* x, const float* factor, const float* const* y, int64_t count,
+                        int64_t d, float* out);
+
     // The same bits for `count` rows x and four y: out[r * stride + i], `stride` floats from row to row.
     void (*dots)(const float* const* x, int64_t count, const float* const y[4], int64_t d, float* out,
                  int64_t stride);
 
-    // List the columns j whose score is not below `limit` - slack, nor below the highest score - 2 slack, NaN
-    // included, ascending, and return how many; if any, `top` is that of the highest score. `score` reaches
-    // to a multiple of 16, `columns` 16 beyond that.
-    int64_t (*select)(const float* score, int64_t count, float limit, float slack, int32_t* columns,
-                      int32_t* top);
+    // The highest of `count` scores of each row, `stride` floats from row to row, and its column: -INFINITY
+    // and a negative one where none is higher. NaN is passed over. `score` reaches to a multiple of 16, with
+    // nothing higher there.
+    void (*highest)(const float* score, int64_t stride, int64_t rows, int64_t count, float* best,
+                    int32_t* column);
+
+    // Write every (row, column) whose score is not below least[row], NaN included, ascending, and return how
+    // many: at most rows * count. `score` reaches to a multiple of 32, `stride` floats from row to row.
+    int64_t (*not_below)(const float* score, int64_t stride, int64_t rows, int64_t count, const float* least,
+                         Hit* hits);
 
     // out[j] += the sum over t < count of rows[index[t] * stride + j], one after the other, for j < n. The
     // index reaches AHEAD_ROWS further, to rows that are wanted next.

@@ -16,6 +16,7 @@ struct Avx2 {
     static Float load(const float* p) { return _mm256_loadu_ps(p); }
     static void hold(Float&) {}
     static Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
+    static Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm256_fmadd_ps(x, y, sum); }
     // y where x is NaN.
     static Float larger(Float x, Float y) { return _mm256_max_ps(x, y); }
@@ -30,34 +31,25 @@ struct Avx2 {
     static uint32_t not_below(Float x, Float limit) {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
     }
-    // The highest score from `least` on, and its column; -1 if there is none.
+    // The highest score, and its column.
     struct Top {
-        Float best, column = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+        Float best = _mm256_set1_ps(-__builtin_inff());
+        Float first = _mm256_castsi256_ps(_mm256_set1_epi32(-LANES));  // column of lane 0
 
-        explicit Top(float least) : best(set(least)) {}
-        void add(Float x, int32_t first) {
-            const __m256i lanes =
-                _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(first));
+        void add(Float x, int32_t column) {
             const Float greater = _mm256_cmp_ps(x, best, _CMP_GT_OQ);
             best = larger(x, best);
-            column = _mm256_blendv_ps(column, _mm256_castsi256_ps(lanes), greater);
+            first = _mm256_blendv_ps(first, _mm256_castsi256_ps(_mm256_set1_epi32(column)), greater);
         }
         int32_t read(float& value) const {
             value = largest(best);
             const Float equal = _mm256_cmp_ps(best, set(value), _CMP_EQ_OQ);
+            const int lane = __builtin_ctz(static_cast<uint32_t>(_mm256_movemask_ps(equal)));
             int32_t columns[LANES];
-            _mm256_storeu_ps(reinterpret_cast<float*>(columns), column);
-            return columns[__builtin_ctz(static_cast<uint32_t>(_mm256_movemask_ps(equal)) |
-                                         1u << (LANES - 1))];
+            _mm256_storeu_ps(reinterpret_cast<float*>(columns), first);
+            return columns[lane] + lane;
         }
     };
-    // List first + each lane that is set.
-    static int append(uint32_t lanes, int32_t first, int32_t* out) {
-        int found = 0;
-        for (; __builtin_expect(lanes != 0, 0); lanes &= lanes - 1)
-            out[found++] = first + __builtin_ctz(lanes);
-        return found;
-    }
     static double sum_of_squares(const float* x, int64_t d) {
         __m256d low = _mm256_setzero_pd(), high = low;
         int64_t k = 0;
@@ -91,6 +83,14 @@ struct Avx2 {
         const __m128 sum = halves(x), pairs = _mm_hadd_ps(sum, sum);
         return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
     }
+    // Sum of 16, of which the second half is added to the first until one is left.
+    static double halved(const double* x) {
+        const __m256d left = _mm256_add_pd(_mm256_loadu_pd(x), _mm256_loadu_pd(x + 8));
+        const __m256d four =
+            _mm256_add_pd(left, _mm256_add_pd(_mm256_loadu_pd(x + 4), _mm256_loadu_pd(x + 12)));
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    }
     template <int N>
     [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,
                                                           int64_t d, double (*sums)[16]) {
@@ -119,6 +119,7 @@ struct Avx2 {
 };
 
 struct Avx2Mixture : Avx2 {
+    using Avx2::multiply;
     using Avx2::multiply_add;
     using Avx2::store;
     using Avx2::subtract;
@@ -136,7 +137,6 @@ struct Avx2Mixture : Avx2 {
         _mm256_storeu_ps(value, x);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), i);
     }
-    static Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
     static Double widen(double x) { return _mm256_set1_pd(x); }
     static Double widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
     static Double widen(const double* p) { return _mm256_loadu_pd(p); }

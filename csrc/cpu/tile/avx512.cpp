@@ -18,6 +18,7 @@ struct Avx512 {
     // Load once: GCC would load again for every use.
     static void hold(Float& x) { asm("" : "+v"(x)); }
     static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
+    static Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
     static Float multiply_add(Float x, Float y, Float sum) { return _mm512_fmadd_ps(x, y, sum); }
     // y where x is NaN.
     static Float larger(Float x, Float y) { return _mm512_max_ps(x, y); }
@@ -26,31 +27,23 @@ struct Avx512 {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_mul_ps(load(x), first), second));
     }
     static uint32_t not_below(Float x, Float limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
-    static __m512i lanes() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
-    // The highest score from `least` on, and its column; -1 if there is none.
+    // The highest score, and its column.
     struct Top {
-        Float best;
-        __m512i column = _mm512_set1_epi32(-1);
+        Float best = _mm512_set1_ps(-__builtin_inff());
+        __m512i first = _mm512_set1_epi32(-LANES);  // column of lane 0
 
-        explicit Top(float least) : best(set(least)) {}
-        void add(Float x, int32_t first) {
+        void add(Float x, int32_t column) {
             const __mmask16 greater = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ);
             best = larger(x, best);
-            column = _mm512_mask_add_epi32(column, greater, lanes(), _mm512_set1_epi32(first));
+            first = _mm512_mask_mov_epi32(first, greater, _mm512_set1_epi32(column));
         }
         int32_t read(float& value) const {
             value = largest(best);
             const __mmask16 equal = _mm512_cmp_ps_mask(best, set(value), _CMP_EQ_OQ);
-            return _mm512_cvtsi512_si32(_mm512_maskz_compress_epi32(equal, column));
+            return _mm512_cvtsi512_si32(_mm512_maskz_compress_epi32(equal, first)) + __builtin_ctz(equal);
         }
     };
-    // List first + each lane that is set, without a branch: which lanes are set is hard to predict.
-    static int append(uint32_t set, int32_t first, int32_t* out) {
-        const __m512i column = _mm512_add_epi32(lanes(), _mm512_set1_epi32(first));
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), column));
-        return __builtin_popcount(set);
-    }
-    static double sum_of_squares(const float* x, int64_t d) { return dinofast::sum_of_squares(x, d); }
+    static double sum_of_squares(const float* x, int64_t d) { return Avx512Squares::of(x, d); }
     static Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
     static void store(Float x, float* p) { _mm512_storeu_ps(p, x); }
     static Wide add_widened(Wide sum, const float* p) {
@@ -74,8 +67,15 @@ struct Avx512 {
     }
     // The bits of sum_each.
     static float sum_one(Float x) {
-        const __m128 sum = quarters(x), pairs = _mm_hadd_ps(sum, sum);
-        return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
+        const __m128 sum = quarters(x), pairs = _mm_add_ps(sum, _mm_movehdup_ps(sum));
+        return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehl_ps(pairs, pairs)));
+    }
+    // Sum of 16, of which the second half is added to the first until one is left.
+    static double halved(const double* x) {
+        const __m512d eight = _mm512_add_pd(_mm512_loadu_pd(x), _mm512_loadu_pd(x + 8));
+        const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
     }
     template <int N>
     [[gnu::always_inline]] static int64_t add_sq_distance(const float* const* x, const float* const* y,
@@ -103,6 +103,7 @@ struct Avx512 {
 };
 
 struct Avx512Mixture : Avx512 {
+    using Avx512::multiply;
     using Avx512::multiply_add;
     using Avx512::store;
     using Avx512::subtract;
@@ -120,7 +121,6 @@ struct Avx512Mixture : Avx512 {
         _mm512_storeu_ps(value, x);
         _mm512_storeu_si512(index, i);
     }
-    static Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
     static Double widen(double x) { return _mm512_set1_pd(x); }
     static Double widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
     static Double widen(const double* p) { return _mm512_loadu_pd(p); }

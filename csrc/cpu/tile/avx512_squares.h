@@ -12,28 +12,51 @@ inline __mmask16 first_lanes(int64_t n) {
     return n <= 0 ? 0 : n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
 }
 
-// Sum of x^2 in float64.
-inline double sum_of_squares(const float* x, int64_t d) {
-    __m512d sum[4];
-    for (__m512d& part : sum) part = _mm512_setzero_pd();
-    int64_t k = 0;
-    for (; k + 32 <= d; k += 32) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const __m512d v = _mm512_cvtps_pd(_mm256_loadu_ps(x + k + 8 * i));
-            sum[i] = _mm512_fmadd_pd(v, v, sum[i]);
+// A sum of x^2 in float64, 32 channels at a time, then what is left. Four floats are widened at less than
+// half the cost of eight on some processors.
+struct Avx512Squares {
+    __m256d sum[8];
+
+    Avx512Squares() {
+        for (__m256d& part : sum) part = _mm256_setzero_pd();
+    }
+
+    void add(const float* x) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(x + 4 * i));
+            sum[i] = _mm256_fmadd_pd(v, v, sum[i]);
         }
     }
-    for (; k < d; k += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(first_lanes(d - k), x + k);
-        const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-        const __m512d b = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-        sum[0] = _mm512_fmadd_pd(a, a, sum[0]);
-        sum[1] = _mm512_fmadd_pd(b, b, sum[1]);
+
+    void finish(const float* x, int64_t k, int64_t d) {
+        for (; k + 32 <= d; k += 32) add(x + k);
+        for (; k < d; k += 16) {
+            float left[16];
+            _mm512_storeu_ps(left, _mm512_maskz_loadu_ps(first_lanes(d - k), x + k));
+            for (int i = 0; i < 4; ++i) {
+                const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(left + 4 * i));
+                sum[i] = _mm256_fmadd_pd(v, v, sum[i]);
+            }
+        }
     }
-    const __m512d left = _mm512_add_pd(sum[0], sum[1]), right = _mm512_add_pd(sum[2], sum[3]);
-    return _mm512_reduce_add_pd(_mm512_add_pd(left, right));
-}
+
+    static double of(const float* x, int64_t d) {
+        Avx512Squares squares;
+        squares.finish(x, 0, d);
+        return squares.total();
+    }
+
+    double total() const {
+        __m256d half[2];
+        for (int i = 0; i < 2; ++i) {
+            half[i] = _mm256_add_pd(_mm256_add_pd(sum[i], sum[2 + i]), _mm256_add_pd(sum[4 + i], sum[6 + i]));
+        }
+        const __m256d all = _mm256_add_pd(half[0], half[1]);
+        const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(all), _mm256_extractf128_pd(all, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+    }
+};
 
 }  // namespace
 }  // namespace dinofast

@@ -1,7 +1,7 @@
 #include <immintrin.h>
 
 #include "../int8_tile.h"
-#include "avx512_squares.h"
+#include "avx512_codes.h"
 #include "register_tile.h"
 
 namespace dinofast {
@@ -11,16 +11,17 @@ constexpr int ROWS = Int8Tile::ROWS, COLUMNS = Int8Tile::COLUMNS, LANES = 16, QU
 
 struct Avx512Vnni {
     // _mm512_dpbusd_epi32 in place: of the intrinsic's sums GCC 12 keeps two copies, one of them in memory.
-    static void add_products(__m512i& sum, __m512i b, __m512i a) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    static void add_products(__m512i& sum, __m512i counted, __m512i codes) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(counted), "v"(codes));
     }
 
-    // Products of a tile with one panel, left and right half.
-    [[gnu::always_inline]] static void panel_products(const int32_t* tile, const int32_t* row_sum,
-                                                      const uint8_t* b, int64_t quads, __m512i (&left)[ROWS],
-                                                      __m512i (&right)[ROWS], Ahead& ahead) {
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) left[r] = right[r] = _mm512_set1_epi32(-128 * row_sum[r]);
+    // Products of a tile with one panel, left and right half: added to what is there. Bytes of rows, else
+    // those of columns, are counted from -128.
+    template <bool ROWS_COUNTED>
+    [[gnu::always_inline]] static void add_panel(const int32_t* tile, const void* panel, int64_t quads,
+                                                 __m512i (&left)[ROWS], __m512i (&right)[ROWS],
+                                                 Ahead& ahead) {
+        const uint8_t* b = static_cast<const uint8_t*>(panel);
         for (int64_t run = 0; run < quads; run += QUADS) {
             const int32_t* a = tile + run * ROWS;
             const int64_t depth = quads - run < QUADS ? quads - run : QUADS;
@@ -30,11 +31,20 @@ struct Avx512Vnni {
 #pragma GCC unroll 16
                 for (int r = 0; r < ROWS; ++r) {
                     const __m512i x = _mm512_set1_epi32(a[r * QUADS + quad]);
-                    add_products(left[r], b_left, x);
-                    add_products(right[r], b_right, x);
+                    add_products(left[r], ROWS_COUNTED ? x : b_left, ROWS_COUNTED ? b_left : x);
+                    add_products(right[r], ROWS_COUNTED ? x : b_right, ROWS_COUNTED ? b_right : x);
                 }
             }
         }
+    }
+
+    // Products of a tile with one panel, left and right half.
+    [[gnu::always_inline]] static void panel_products(const int32_t* tile, const int32_t* row_sum,
+                                                      const uint8_t* b, int64_t quads, __m512i (&left)[ROWS],
+                                                      __m512i (&right)[ROWS], Ahead& ahead) {
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) left[r] = right[r] = _mm512_set1_epi32(-128 * row_sum[r]);
+        add_panel<false>(tile, b, quads, left, right, ahead);
     }
 
     static __m512 score(__m512i product, __m512 factor, const float* scale, const float* bias) {
@@ -168,13 +178,22 @@ struct Avx512Vnni {
         return found;
     }
 
-    static void products(const int32_t* tile, const float* row_scale, const int32_t* row_sum,
-                         const uint8_t* panels, int64_t columns, int64_t quads, const float* scale,
-                         const float* bias, float* out, int64_t stride, const char* ahead, int64_t lines) {
+    static void products(const int32_t* tile, const float* row_scale, const int8_t* panels, int64_t columns,
+                         int64_t quads, const int32_t* sum, const float* scale, const float* bias, float* out,
+                         int64_t stride, const char* ahead, int64_t lines) {
         Ahead near{ahead, lines, lines > columns / COLUMNS * quads ? 2 : 1};
         for (int64_t column = 0; column < columns; column += COLUMNS) {
             __m512i left[ROWS], right[ROWS];
-            panel_products(tile, row_sum, panels + column * quads * 4, quads, left, right, near);
+            const auto from = [sum](int64_t c) {
+                const __m512i counted = _mm512_slli_epi32(_mm512_loadu_si512(sum + c), 7);
+                return _mm512_sub_epi32(_mm512_setzero_si512(), counted);
+            };
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                left[r] = from(column);
+                right[r] = from(column + LANES);
+            }
+            add_panel<true>(tile, panels + column * quads * 4, quads, left, right, near);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 const __m512 factor = _mm512_set1_ps(row_scale[r]);
@@ -185,121 +204,11 @@ struct Avx512Vnni {
             }
         }
     }
-
-    // Channels k to k + 16, of them `left` or fewer present, 0 behind.
-    static __m512 part(const float* x, int64_t k, int64_t left) {
-        return left >= LANES ? _mm512_loadu_ps(x + k) : _mm512_maskz_loadu_ps(first_lanes(left), x + k);
-    }
-
-    struct Sums {
-        __m512 top = _mm512_setzero_ps(), square = _mm512_setzero_ps();
-
-        void add(__m512 p) {
-            top = _mm512_max_ps(_mm512_abs_ps(p), top);
-            square = _mm512_fmadd_ps(p, p, square);
-        }
-    };
-
-    struct Coder {
-        __m512 by, step, rest = _mm512_setzero_ps();
-        __m512i sum = _mm512_setzero_si512();
-
-        void write(__m512 p, int8_t* out) {
-            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(p, by));
-            const __m512 left = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), step, p);
-            rest = _mm512_fmadd_ps(left, left, rest);
-            sum = _mm512_add_epi32(sum, code);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(code));
-        }
-    };
-
-    // Largest channel and sum of squares of x - center. With factors, x is scaled and written to `unit`
-    // before.
-    template <int FACTORS>
-    static void measure(const float* x, const float* center, int64_t d, Scale scale, float* unit, float& peak,
-                        float& square) {
-        const __m512 first = _mm512_set1_ps(scale.first), second = _mm512_set1_ps(scale.second);
-        Sums sums[2];
-        const auto add = [=](int64_t k, int64_t left, Sums& to) {
-            __m512 v = part(x, k, left);
-            if (FACTORS == 2) v = _mm512_mul_ps(v, first);
-            if (FACTORS > 0) {
-                v = _mm512_mul_ps(v, second);
-                _mm512_mask_storeu_ps(unit + k, first_lanes(left), v);
-            }
-            to.add(_mm512_sub_ps(v, part(center, k, left)));
-        };
-        int64_t k = 0;
-        for (; k + 2 * LANES <= d; k += 2 * LANES) {
-            add(k, LANES, sums[0]);
-            add(k + LANES, LANES, sums[1]);
-        }
-        for (; k < d; k += LANES) add(k, d - k, sums[0]);
-        peak = _mm512_reduce_max_ps(_mm512_max_ps(sums[0].top, sums[1].top));
-        square = _mm512_reduce_add_ps(_mm512_add_ps(sums[0].square, sums[1].square));
-    }
-
-    static Quantized encode(const float* x, const float* center, int64_t d, float peak, float square,
-                            int8_t* codes, int64_t stride) {
-        constexpr int RUN = Int8Tile::RUN;
-        const bool usable = peak > 1e-12f && peak < 1e12f && square < 1e30f;
-        const float scale = usable ? peak / 127 : 0;
-        const __m512 by = _mm512_set1_ps(usable ? 127 / peak : 0), step = _mm512_set1_ps(scale);
-        Coder coder[2] = {{by, step}, {by, step}};
-        int64_t run = 0;
-        for (; run + RUN <= d; run += RUN, codes += stride) {
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < RUN; k += LANES) {
-                const float *from = x + run + k, *less = center + run + k;
-                const __m512 p = _mm512_sub_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(less));
-                coder[k / LANES % 2].write(p, codes + k);
-            }
-        }
-        for (int64_t k = 0; run < d && k < RUN; k += LANES) {
-            const int64_t left = d - run - k;
-            coder[0].write(_mm512_sub_ps(part(x, run + k, left), part(center, run + k, left)), codes + k);
-        }
-        const float up = 1 + static_cast<float>(d + 64) * 0x1p-24f;
-        if (!usable) {
-            const bool small = peak <= 1e-12f && square < 1e30f;  // false for NaN
-            const float most = small ? up * peak * __builtin_sqrtf(static_cast<float>(d)) : __builtin_inff();
-            return {0, most, most, 0};
-        }
-        const float rest = _mm512_reduce_add_ps(_mm512_add_ps(coder[0].rest, coder[1].rest));
-        return {scale, up * __builtin_sqrtf(rest), up * __builtin_sqrtf(square),
-                _mm512_reduce_add_epi32(_mm512_add_epi32(coder[0].sum, coder[1].sum))};
-    }
-
-    // Each step for some rows, which stay in the L1: what one row has to wait for does not keep the others.
-    static void quantize(const float* const* x, int64_t count, const float* center, int64_t d, float* units,
-                         int64_t unit_stride, int8_t* codes, int64_t stride, Quantized* found) {
-        constexpr int64_t SOME = 4;
-        for (int64_t begin = 0; begin < count; begin += SOME) {
-            const int64_t some = count - begin < SOME ? count - begin : SOME;
-            float peak[SOME], square[SOME];
-            Scale scale[SOME] = {};
-            for (int64_t r = 0; r < some && units != nullptr; ++r) {
-                const double sum = sum_of_squares(x[begin + r], d);
-                scale[r] = sum < __builtin_inf() ? unit_scale(sum) : Scale{__builtin_nanf(""), 0};
-            }
-            for (int64_t r = 0; r < some; ++r) {
-                float* const unit = units == nullptr ? nullptr : units + (begin + r) * unit_stride;
-                const auto measured = units == nullptr      ? measure<0>
-                                      : scale[r].first == 1 ? measure<1>
-                                                            : measure<2>;
-                measured(x[begin + r], center, d, scale[r], unit, peak[r], square[r]);
-            }
-            for (int64_t r = begin; r < begin + some; ++r) {
-                found[r] = encode(units == nullptr ? x[r] : units + r * unit_stride, center, d,
-                                  peak[r - begin], square[r - begin], codes + r * Int8Tile::RUN, stride);
-            }
-        }
-    }
 };
 
 }  // namespace
 
-const Int8Tile avx512_vnni_tile = {"avx512_vnni", Avx512Vnni::sieve, Avx512Vnni::sift, Avx512Vnni::products,
-                                   Avx512Vnni::quantize};
+const Int8Tile avx512_vnni_tile = {"avx512_vnni",        Avx512Vnni::sieve,     Avx512Vnni::sift,
+                                   Avx512Vnni::products, Avx512Codes::quantize, Avx512Codes::quantize_rows};
 
 }  // namespace dinofast

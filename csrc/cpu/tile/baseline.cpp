@@ -113,6 +113,18 @@ float dot(const float* x, const float* y, int64_t d) {
     return sum;
 }
 
+void scaled_dots(const float* const* x, const float* factor, const float* const* y, int64_t count, int64_t d,
+                 float* out) {
+    for (int64_t p = 0; p < count; ++p) {
+        float sums[SUMS] = {};
+        for (int64_t k = 0; k < d; k += SUMS) {
+            for (int i = 0; i < SUMS; ++i) sums[i] += x[p][k + i] * factor[p] * y[p][k + i];
+        }
+        out[p] = 0;
+        for (float part : sums) out[p] += part;
+    }
+}
+
 void dots(const float* const* x, int64_t count, const float* const y[4], int64_t d, float* out,
           int64_t stride) {
     for (int64_t r = 0; r < count; ++r) {
@@ -120,15 +132,27 @@ void dots(const float* const* x, int64_t count, const float* const y[4], int64_t
     }
 }
 
-int64_t select(const float* score, int64_t count, float limit, float slack, int32_t* columns, int32_t* top) {
-    float best = limit + slack;
-    for (int64_t j = 0; j < count; ++j) best = std::max(best, score[j]);  // no NaN
-    int64_t found = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        if (!(score[j] < best - 2 * slack)) columns[found++] = static_cast<int32_t>(j);
+void highest(const float* score, int64_t stride, int64_t rows, int64_t count, float* best, int32_t* column) {
+    for (int64_t r = 0; r < rows; ++r, score += stride) {
+        best[r] = -INFINITY;
+        for (int64_t j = 0; j < count; ++j) best[r] = std::max(best[r], score[j]);  // no NaN
+        column[r] = -1;
+        for (int64_t j = 0; j < count && column[r] < 0 && best[r] > -INFINITY; ++j) {
+            if (score[j] == best[r]) column[r] = static_cast<int32_t>(j);
+        }
     }
-    *top = columns[0];
-    for (int64_t f = 1; f < found; ++f) *top = score[columns[f]] > score[*top] ? columns[f] : *top;
+}
+
+int64_t not_below(const float* score, int64_t stride, int64_t rows, int64_t count, const float* least,
+                  Hit* hits) {
+    int64_t found = 0;
+    for (int64_t r = 0; r < rows; ++r, score += stride) {
+        for (int64_t j = 0; j < count; ++j) {
+            if (!(score[j] < least[r])) {
+                hits[found++] = {static_cast<int32_t>(r), static_cast<int32_t>(j), score[j]};
+            }
+        }
+    }
     return found;
 }
 
@@ -284,14 +308,14 @@ constexpr MixtureTile mixture = {ROWS,    COLUMNS, spread,   spread_exactly, fac
 
 }  // namespace
 
-const Tile baseline_tile = {
-    "baseline",
-    ROWS,
-    COLUMNS,
-    normalize,
-    write_products,
-    sieve,
-    {sq_distance, sq_distances, rough_sq_distances, dot, dots, select, add_rows, add_scaled, combine},
-    &mixture};
+const Tile baseline_tile = {"baseline",
+                            ROWS,
+                            COLUMNS,
+                            normalize,
+                            write_products,
+                            sieve,
+                            {sq_distance, sq_distances, rough_sq_distances, dot, scaled_dots, dots, highest,
+                             not_below, add_rows, add_scaled, combine},
+                            &mixture};
 
 }  // namespace dinofast

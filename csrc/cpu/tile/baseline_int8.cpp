@@ -66,6 +66,6 @@ int64_t sift(const CodedRows rows[2], const CodedColumns columns[2], int64_t cou
 
 }  // namespace
 
-const Int8Tile baseline_int8_tile = {"baseline", sieve, sift, nullptr, nullptr};
+const Int8Tile baseline_int8_tile = {"baseline", sieve, sift, nullptr, nullptr, nullptr};
 
 }  // namespace dinofast

@@ -16,10 +16,7 @@ template <class V, int N>
             const double gap = x[n][k + i] - y[n][k + i];
             sums[n][i] += gap * gap;
         }
-        for (int half = 8; half > 0; half /= 2) {
-            for (int i = 0; i < half; ++i) sums[n][i] += sums[n][i + half];
-        }
-        out[n] = sums[n][0];
+        out[n] = V::halved(sums[n]);
     }
 }
 
@@ -121,25 +118,106 @@ float vector_dot(const float* x, const float* y, int64_t d) {
     return V::sum_one(V::add(even, odd));
 }
 
-template <class V>
-int64_t vector_select(const float* score, int64_t count, float limit, float slack, int32_t* columns,
-                      int32_t* top) {
+// Of N pairs side by side: each sum has to wait for its own last step.
+template <class V, int N>
+[[gnu::always_inline]] inline void scaled_dot_block(const float* const* x, const float* factor,
+                                                    const float* const* y, int64_t d, float* out) {
     constexpr int LANES = V::LANES;
-    typename V::Top best(limit + slack);
-    for (int64_t j = 0; j < count; j += LANES) best.add(V::load(score + j), static_cast<int32_t>(j));
-    float most;
-    const int32_t at = best.read(most);
-    const auto least = V::set(most - 2 * slack);
-    int64_t found = 0, j = 0;
-    for (; j + LANES <= count; j += LANES) {
-        found += V::append(V::not_below(V::load(score + j), least), static_cast<int32_t>(j), columns + found);
+    typename V::Float even[N], odd[N], by[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+        even[n] = odd[n] = V::set(0);
+        by[n] = V::set(factor[n]);
     }
-    if (j < count) {
-        const uint32_t through = V::not_below(V::load(score + j), least) & ((1u << (count - j)) - 1);
-        found += V::append(through, static_cast<int32_t>(j), columns + found);
+    const auto add = [x, y, &by](int64_t k, typename V::Float(&sum)[N]) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            sum[n] = V::multiply_add(V::multiply(V::load(x[n] + k), by[n]), V::load(y[n] + k), sum[n]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 2 * LANES <= d; k += 2 * LANES) {
+        add(k, even);
+        add(k + LANES, odd);
     }
-    *top = at < 0 || at >= count ? columns[0] : at;
+    if (k < d) add(k, even);
+    if (k + LANES < d) add(k + LANES, odd);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) out[n] = V::sum_one(V::add(even[n], odd[n]));
+}
+
+template <class V>
+void vector_scaled_dots(const float* const* x, const float* factor, const float* const* y, int64_t count,
+                        int64_t d, float* out) {
+    int64_t p = 0;
+    for (; p + 2 <= count; p += 2) scaled_dot_block<V, 2>(x + p, factor + p, y + p, d, out + p);
+    if (p < count) scaled_dot_block<V, 1>(x + p, factor + p, y + p, d, out + p);
+}
+
+template <class V, int ROWS>
+[[gnu::always_inline]] inline void highest_block(const float* score, int64_t stride, int64_t count,
+                                                 float* best, int32_t* column) {
+    typename V::Top top[ROWS];
+    for (int64_t j = 0; j < count; j += V::LANES) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) top[r].add(V::load(score + r * stride + j), static_cast<int32_t>(j));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) column[r] = top[r].read(best[r]);
+}
+
+template <class V>
+void vector_highest(const float* score, int64_t stride, int64_t rows, int64_t count, float* best,
+                    int32_t* column) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+        highest_block<V, 4>(score + r * stride, stride, count, best + r, column + r);
+    for (; r < rows; ++r) highest_block<V, 1>(score + r * stride, stride, count, best + r, column + r);
+}
+
+// Which of 32 columns from `column` on.
+struct Through {
+    int32_t row, column;
+    uint32_t set;
+};
+
+template <class V>
+int64_t write_hits(const Through* through, int64_t count, const float* score, int64_t stride, Hit* hits) {
+    int64_t found = 0;
+    for (int64_t t = 0; t < count; ++t) {
+        const float* const row = score + through[t].row * stride;
+        uint32_t set = through[t].set;
+        do {
+            const int32_t column = through[t].column + __builtin_ctz(set);
+            hits[found++] = {through[t].row, column, row[column]};
+        } while ((set &= set - 1) != 0);
+    }
     return found;
+}
+
+// In two steps: how many columns a row has is hard to predict, that 32 columns have one at most is not.
+template <class V>
+int64_t vector_not_below(const float* score, int64_t stride, int64_t rows, int64_t count, const float* least,
+                         Hit* hits) {
+    constexpr int LANES = V::LANES, WIDTH = 32, ROOM = 64;
+    Through through[ROOM];
+    int64_t found = 0, full = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* const row = score + r * stride;
+        const auto limit = V::set(least[r]);
+        for (int64_t j = 0; j < count; j += WIDTH) {
+            uint32_t set = 0;
+#pragma GCC unroll 4
+            for (int i = 0; i < WIDTH; i += LANES) set |= V::not_below(V::load(row + j + i), limit) << i;
+            if (count - j < WIDTH) set &= (1u << (count - j)) - 1;
+            through[full] = {static_cast<int32_t>(r), static_cast<int32_t>(j), set};
+            full += set != 0;
+            if (full < ROOM) continue;
+            found += write_hits<V>(through, full, score, stride, hits + found);
+            full = 0;
+        }
+    }
+    return found + write_hits<V>(through, full, score, stride, hits + found);
 }
 
 template <class V>
@@ -213,8 +291,9 @@ void vector_combine(const float* rows, int64_t stride, const int32_t* index, con
 template <class V>
 constexpr Lines vector_lines = {
     vector_sq_distance<V>, vector_sq_distances<V>, vector_rough_sq_distances<V>,
-    vector_dot<V>,         vector_dots<V>,         vector_select<V>,
-    vector_add_rows<V>,    vector_add_scaled<V>,   vector_combine<V>,
+    vector_dot<V>,         vector_scaled_dots<V>,  vector_dots<V>,
+    vector_highest<V>,     vector_not_below<V>,    vector_add_rows<V>,
+    vector_add_scaled<V>,  vector_combine<V>,
 };
 
 }  // namespace dinofast

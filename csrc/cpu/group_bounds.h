@@ -26,15 +26,15 @@ class GroupBounds {
     int64_t scratch() const { return round_up(d_, 16) + measure_.tile.rows * (padded_depth(d_) + width_); }
 
     // For the queries of float32 tile t: the best score in each group, coordinates, the nearest centroid.
-    // Prepared rows (count, D) and their squared norms from the center.
-    void find(int64_t t, int64_t count, const float* prepared, const double* sq_norm, int64_t* nearest,
+    // Prepared rows and their squared norms from the center.
+    void find(int64_t t, int64_t count, const float* const* prepared, const double* sq_norm, int64_t* nearest,
               float* buffer) {
         const Tile& tile = measure_.tile;
         const int64_t groups = bank_.groups, first = t * tile.rows, last = std::min(first + tile.rows, count);
         float *const packed = buffer + round_up(d_, 16), *const found = packed + tile.rows * padded_depth(d_);
         std::fill(packed, found, 0.0f);
         for (int64_t q = first; q < last; ++q) {
-            subtract(prepared + q * d_, bank_.center, d_, buffer);
+            subtract(prepared[q], bank_.center, d_, buffer);
             float* const out = packed + (q - first) * DEPTH;
             for (int64_t k = 0; k < d_; k += DEPTH) {
                 std::copy(buffer + k, buffer + std::min(k + DEPTH, d_), out + k * tile.rows);

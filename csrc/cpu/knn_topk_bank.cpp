@@ -24,9 +24,9 @@ constexpr int64_t CHUNK_OF_QUERIES = 1024;
 constexpr int64_t TILES_OF_CHUNK = (CHUNK_OF_QUERIES + ROWS - 1) / ROWS;
 constexpr int64_t BLOCK = 6 * ROWS;  // queries that look into groups together
 constexpr float MOST = std::numeric_limits<float>::max();
-constexpr int64_t DENSE = 16;  // pairs of a panel and a tile from which scanning is faster than deciding each
+constexpr int64_t FIRST = 2 * COLUMNS;  // columns of a full scan's first look, which all pass
 
-// Columns compared by outlines, by codes, and those that outlines left over.
+// Columns compared by outlines; those that these left over, or by codes; and those compared exactly.
 using Compared = std::array<int64_t, 3>;
 
 class BankSearch {
@@ -41,20 +41,24 @@ class BankSearch {
           k_(k),
           threads_(threads),
           gamma_(product_error(measure.d)),
-          codes_(int8, TILES_OF_CHUNK, measure.d),
           own_(4 * (d_ + 16) + (BLOCK + 2) * bank.groups) {
-        if (bank.groups > 0) drawn_.emplace(int8, TILES_OF_CHUNK, bank);
+        own_hits_ = ROWS * group_;
+        hits_ = allocate<Hit>(own_hits_ * threads);
+        if (bank.groups == 0) {
+            codes_.emplace(int8, TILES_OF_CHUNK, d_);
+            return;
+        }
+        drawn_.emplace(int8, TILES_OF_CHUNK, bank);
         orders_ = allocate<int64_t>(bank.groups * threads);
-        own_codes_ = round_up(codes_.codes_of_tile() + (drawn_ ? drawn_->codes_of_tile() : 0), 16);
+        own_codes_ = round_up(drawn_->codes_of_tile(), 16);
         gathered_ = allocate<int32_t>(own_codes_ * threads);
         std::fill_n(gathered_.get(), own_codes_ * threads, 0);
-        own_hits_ = ROWS * (group_ + COLUMNS);
-        hits_ = allocate<Hit>(own_hits_ * threads);
     }
 
     void search(const Rows& queries, float* distance, int64_t* index, int64_t* visited) {
         const int64_t chunk = std::min(queries.count, CHUNK_OF_QUERIES);
-        prepared_ = allocate<float>(chunk * d_);
+        own_rows_ = allocate<float>(chunk * d_);
+        prepared_ = allocate<const float*>(chunk);
         if (bank_.groups > 0) {
             bounds_.emplace(measure_, bank_, chunk);
             own_ = std::max(own_, bounds_->scratch());
@@ -64,7 +68,7 @@ class BankSearch {
         nearest_ = allocate<int64_t>(chunk);
         order_ = allocate<int64_t>(chunk);
         sq_norm_ = allocate<double>(chunk);
-        whole_ = allocate<bool>(chunk);
+        kind_ = allocate<Kind>(chunk);
         Candidates candidates(chunk, k_, true);
         for (int64_t start = 0; start < queries.count; start += chunk) {
             search_chunk(queries, start, std::min(chunk, queries.count - start), candidates, distance, index,
@@ -73,6 +77,8 @@ class BankSearch {
     }
 
   private:
+    enum class Kind : uint8_t { usual, zero, broken };
+
     void search_chunk(const Rows& queries, int64_t start, int64_t count, Candidates& candidates,
                       float* distance, int64_t* index, int64_t* visited) {
         const int64_t tiles = (count + ROWS - 1) / ROWS;
@@ -81,7 +87,7 @@ class BankSearch {
         {
             float* const mine = scratch_.get() + own_ * thread_number();
             Hit* const hits = hits_.get() + own_hits_ * thread_number();
-            for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q, mine);
+            for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q);
 #pragma omp barrier
             if (bank_.groups > 0) {
                 for (int64_t t; (t = next_search.fetch_add(1)) * measure_.tile.rows < count;) {
@@ -114,70 +120,71 @@ class BankSearch {
         }
     }
 
-    // Row q of the chunk: prepared, and its norm.
-    void prepare(const Rows& queries, int64_t start, int64_t q, float* buffer) {
-        float* const x = prepared_.get() + q * d_;
-        const float* row = queries.get(start + q, buffer);
+    // Row q of the chunk: prepared, in place where it is already, and its norm.
+    void prepare(const Rows& queries, int64_t start, int64_t q) {
+        float* const own = own_rows_.get() + q * d_;
+        const float* row = queries.get(start + q, own);
         const bool cosine = measure_.metric == Metric::cosine;
-        whole_[q] = std::isfinite(measure_.sq_norm(row));
+        const double square = measure_.sq_norm(row), scale = cosine ? Measure::unit_scale(square) : 1;
+        prepared_[q] = row;
+        kind_[q] = !std::isfinite(square) ? Kind::broken : cosine && square == 0 ? Kind::zero : Kind::usual;
         nearest_[q] = 0;
         sq_norm_[q] = 0;
-        if (!whole_[q]) {
-            std::fill(x, x + d_, 0.0f);
+        if (kind_[q] == Kind::broken) {
+            std::fill(own, own + d_, 0.0f);
+            prepared_[q] = own;
             return;
         }
-        if (cosine) {
-            measure_.unit_row(row, x);
-        } else {
-            std::copy(row, row + d_, x);
+        if (scale != 1) {
+            for (int64_t k = 0; k < d_; ++k) own[k] = static_cast<float>(row[k] * scale);
+            prepared_[q] = own;
         }
-        sq_norm_[q] = measure_.tile.lines.sq_distance(x, bank_.center, d_);
+        sq_norm_[q] = measure_.tile.lines.sq_distance(prepared_[q], bank_.center, d_);
     }
 
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        codes_.clear(t);
-        if (drawn_) drawn_->clear(t);
+        if (drawn_) {
+            drawn_->clear(t);
+        } else {
+            codes_->clear(t);
+        }
         for (int64_t i = t * ROWS; i < std::min((t + 1) * ROWS, count); ++i) {
             const int64_t q = order_[i];
-            const float* x = prepared_.get() + q * d_;
-            codes_.fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
-            candidates.start(i, x, sq_norm_[q], codes_.error(i));
-            const bool zero = measure_.metric == Metric::cosine && measure_.sq_norm(x) == 0;
-            if (!whole_[q] || zero) candidates.settle(i);
-            if (drawn_) drawn_->fill(i, bounds_->drawn(q), sq_norm_[q], measure_.origin, buffer);
+            const float* x = prepared_[q];
+            if (drawn_) {
+                drawn_->fill(i, bounds_->drawn(q), sq_norm_[q], measure_.origin, buffer);
+            } else {
+                codes_->fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
+            }
+            candidates.start(i, x, sq_norm_[q], drawn_ ? 0 : codes_->error(i));
+            if (kind_[q] != Kind::usual) candidates.settle(i);
         }
     }
 
-    // All columns against the queries from begin, the first of a tile, to end.
+    // All columns against the queries from begin, the first of a tile, to end: a few first, since without a
+    // limit all pass.
     void scan_all(int64_t begin, int64_t end, int64_t count, Candidates& candidates, Hit* hits, float* buffer,
                   int64_t* visited) {
-        for (int64_t c = 0; c < bank_.columns; c += group_) {
+        for (int64_t c = 0, next; c < bank_.columns; c = next) {
+            next = std::min(c == 0 ? FIRST : c + group_, bank_.columns);
             for (int64_t first = begin; first < end; first += ROWS) {
-                int64_t queries[ROWS];
-                std::iota(queries, queries + ROWS, first);
-                const int64_t n = std::min<int64_t>(ROWS, count - first);
-                scan(first / ROWS, queries, n, c, std::min(group_, bank_.columns - c), candidates, hits,
-                     buffer);
+                scan(first, std::min<int64_t>(ROWS, count - first), c, next - c, candidates, hits, buffer);
             }
         }
         for (int64_t i = begin; i < end; ++i) tell(i, {0, bank_.columns, 0}, visited);
     }
 
-    // Columns first .. first + columns against a tile of n queries, a number or a QueryTile. With `wanted`,
-    // one panel, and a bit for every column that a query wants.
-    template <class TileOfQueries>
-    void scan(const TileOfQueries& tile, const int64_t* queries, int64_t n, int64_t first, int64_t columns,
-              Candidates& candidates, Hit* hits, float* buffer, const uint32_t* wanted = nullptr) {
+    // Columns first .. first + columns against the n queries of a tile from `begin` on.
+    void scan(int64_t begin, int64_t n, int64_t first, int64_t columns, Candidates& candidates, Hit* hits,
+              float* buffer) {
         float threshold[ROWS];
-        for (int64_t r = 0; r < ROWS; ++r) threshold[r] = r < n ? candidates.threshold(queries[r]) : INFINITY;
-        const int64_t found =
-            codes_.sieve(tile, bank_.codes, bank_.scale, bank_.bias, first, columns, threshold, hits);
+        for (int64_t r = 0; r < ROWS; ++r) threshold[r] = r < n ? candidates.threshold(begin + r) : INFINITY;
+        const int64_t found = codes_->sieve(begin / ROWS, bank_, first, columns, threshold, hits);
         for (int64_t h = 0; h < found; ++h) {
             const int64_t column = first + hits[h].column;
-            if (hits[h].row >= n || bank_.index[column] < 0) continue;
-            if (wanted != nullptr && (wanted[hits[h].row] >> hits[h].column & 1) == 0) continue;
-            candidates.offer(queries[hits[h].row], hits[h].score, bank_.error[column], bank_.index[column],
+            if (hits[h].row >= n || column >= bank_.rows.rows.count) continue;
+            candidates.offer(begin + hits[h].row, hits[h].score, bank_.error[column / COLUMNS], column,
                              measure_, bank_.rows, buffer);
         }
     }
@@ -199,9 +206,10 @@ class BankSearch {
         }
         const auto visit = [&](int64_t g, const int64_t* wanted, int64_t count) {
             const int64_t first = bank_.starts[g], columns = bank_.starts[g + 1] - first;
-            for (int64_t i = 0; i < count; i += ROWS) {
-                sift(begin, wanted + i, std::min<int64_t>(ROWS, count - i), first, columns, candidates, hits,
-                     buffer, compared);
+            if (4 * count >= 3 * n) {
+                sift_tiles(begin, n, wanted, count, first, columns, candidates, hits, buffer, compared);
+            } else {
+                sift_collected(begin, wanted, count, first, columns, candidates, hits, buffer, compared);
             }
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t r = wanted[i];
@@ -241,82 +249,120 @@ class BankSearch {
         for (int64_t r = 0; r < n; ++r) tell(begin + r, compared[r], visited);
     }
 
-    // The columns of a group against n queries of a block, by outlines first, which leave few pairs: these
-    // are decided, or scanned where they are many.
-    void sift(int64_t begin, const int64_t* block, int64_t n, int64_t first, int64_t columns,
-              Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+    // The columns of a group against those queries of a block that want them: collected, or where these are
+    // most, tile after tile as they are.
+    void sift_collected(int64_t begin, const int64_t* wanted, int64_t count, int64_t first, int64_t columns,
+                        Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
         int32_t* const gathered = gathered_.get() + own_codes_ * thread_number();
-        QueryTile whole{gathered + drawn_->codes_of_tile(), {}, {}};
-        bool ready = false, fresh = false;
-        int64_t queries[ROWS];
-        for (int64_t r = 0; r < n; ++r) {
-            queries[r] = begin + block[r];
-            compared[block[r]][0] += columns;
+        for (int64_t i = 0; i < count; i += ROWS) {
+            int64_t queries[ROWS];
+            const int64_t n = std::min<int64_t>(ROWS, count - i);
+            for (int64_t r = 0; r < ROWS; ++r) queries[r] = r < n ? begin + wanted[i + r] : -1;
+            QueryOutlines::Tile drawn(*drawn_, queries, n, gathered);
+            sift(drawn, queries, begin, first, columns, candidates, hits, buffer, compared);
+        }
+    }
+    void sift_tiles(int64_t begin, int64_t n, const int64_t* wanted, int64_t count, int64_t first,
+                    int64_t columns, Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+        int64_t queries[BLOCK];
+        std::fill_n(queries, BLOCK, int64_t{-1});
+        for (int64_t i = 0; i < count; ++i) queries[wanted[i]] = begin + wanted[i];
+        for (int64_t r = 0; r < n; r += ROWS) {
+            QueryOutlines::Tile drawn(*drawn_, (begin + r) / ROWS);
+            sift(drawn, queries + r, begin, first, columns, candidates, hits, buffer, compared);
+        }
+    }
+
+    // By outlines first, which leave few pairs; a query is -1 where there is none.
+    void sift(QueryOutlines::Tile& drawn, const int64_t* queries, int64_t begin, int64_t first,
+              int64_t columns, Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+        bool fresh = false;
+        for (int64_t r = 0; r < ROWS; ++r) {
+            if (queries[r] < 0) continue;
+            compared[queries[r] - begin][0] += columns;
             fresh = fresh || candidates.limit(queries[r]) == -INFINITY;
         }
-        const QueryOutlines::Tile drawn(*drawn_, queries, n, gathered);
         for (int64_t end = first + columns; first < end; first += group_) {
             float limits[ROWS];
-            for (int64_t r = 0; r < n; ++r) limits[r] = candidates.limit(queries[r]);
-            int64_t found = drawn.sift(first, std::min(group_, end - first), limits, hits);
-            if (fresh) found = start(queries, n, first, hits, found, candidates, buffer, compared, block);
+            for (int64_t r = 0; r < ROWS; ++r) {
+                limits[r] = queries[r] < 0 ? INFINITY : candidates.limit(queries[r]);
+            }
+            int64_t found = drawn.sift(queries, first, std::min(group_, end - first), limits, hits);
+            if (fresh) found = start(queries, first, hits, found, candidates, buffer, compared, begin);
             fresh = false;
             for (int64_t h = 0, next; h < found; h = next) {
                 const int64_t panel = hits[h].column / COLUMNS;
                 for (next = h + 1; next < found && hits[next].column / COLUMNS == panel;) ++next;
-                if (next - h >= DENSE) {
-                    if (!ready) codes_.gather(queries, n, whole);
-                    ready = true;
-                    uint32_t wanted[ROWS] = {};  // not those that are decided already
-                    for (; h < next; ++h) wanted[hits[h].row] |= 1u << hits[h].column % COLUMNS;
-                    scan(whole, queries, n, first + panel * COLUMNS, COLUMNS, candidates,
-                         hits + ROWS * group_, buffer, wanted);
-                    for (int64_t r = 0; r < n; ++r) compared[block[r]][1] += COLUMNS;
-                    continue;
+                decide(queries, first + panel * COLUMNS, hits + h, hits + next, candidates, buffer, compared,
+                       begin);
+            }
+        }
+    }
+
+    // Decide those hits in the panel from column `first` on that still matter: some columns for all queries,
+    // then the next, so that rows stay in the L1.
+    void decide(const int64_t* queries, int64_t first, const Hit* hit, const Hit* end, Candidates& candidates,
+                float* buffer, Compared* compared, int64_t begin) {
+        constexpr int SOME = Candidates::ROUGH;
+        uint32_t wanted[ROWS] = {}, any = 0;
+        for (; hit < end; ++hit) {
+            const int64_t q = queries[hit->row], column = hit->column % COLUMNS;
+            if (q < 0 || hit->score + drawn_->error(q) < candidates.limit(q)) continue;
+            if (bank_.index[first + column] < 0) continue;
+            wanted[hit->row] |= 1u << column;
+            any |= 1u << column;
+        }
+        for (; any != 0;) {
+            uint32_t some = 0;
+            for (int i = 0; i < SOME && any != 0; ++i) {
+                some |= any & -any;
+                prefetch(bank_.index[first + __builtin_ctz(any)]);
+                any &= any - 1;
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                int64_t index[SOME];
+                int count = 0;
+                for (uint32_t left = wanted[r] & some; left != 0; left &= left - 1) {
+                    index[count++] = bank_.index[first + __builtin_ctz(left)];
                 }
-                for (; h < next; ++h) {
-                    const int64_t r = hits[h].row, row = bank_.index[first + hits[h].column];
-                    if (h + 1 < found) prefetch(bank_.index[first + hits[h + 1].column]);
-                    if (r >= n || row < 0) continue;
-                    if (hits[h].score + drawn_->error(queries[r]) < candidates.limit(queries[r])) continue;
-                    candidates.decide(queries[r], row, measure_, bank_.rows, buffer);
-                    ++compared[block[r]][2];
-                }
+                if (count == 0) continue;
+                Compared& of_query = compared[queries[r] - begin];
+                of_query[1] += count;
+                of_query[2] += candidates.decide(queries[r], index, count, measure_, bank_.rows, buffer);
             }
         }
     }
 
     // Decide the k columns that look nearest to each query, so that a limit is known; return how many of the
     // other hits, which stay in order, may still matter.
-    int64_t start(const int64_t* queries, int64_t n, int64_t first, Hit* hits, int64_t found,
-                  Candidates& candidates, float* buffer, Compared* compared, const int64_t* block) {
+    int64_t start(const int64_t* queries, int64_t first, Hit* hits, int64_t found, Candidates& candidates,
+                  float* buffer, Compared* compared, int64_t begin) {
         float best[ROWS][Candidates::MAX_K];
-        for (int64_t r = 0; r < n; ++r) std::fill_n(best[r], k_, -INFINITY);
+        for (int64_t r = 0; r < ROWS; ++r) std::fill_n(best[r], k_, -INFINITY);
         for (int64_t h = 0; h < found; ++h) {
-            if (hits[h].row >= n) continue;
             float* const top = best[hits[h].row];
             if (!(hits[h].score > top[0])) continue;
             std::pop_heap(top, top + k_, std::greater<>());
             top[k_ - 1] = hits[h].score;
             std::push_heap(top, top + k_, std::greater<>());
         }
-        const auto seed = [&](const Hit& hit) { return hit.row < n && hit.score >= best[hit.row][0]; };
+        const auto seed = [&](const Hit& hit) { return hit.score >= best[hit.row][0]; };
         for (int64_t h = 0; h < found; ++h) {
-            const int64_t row = bank_.index[first + hits[h].column];
-            if (!seed(hits[h]) || row < 0) continue;
-            candidates.decide(queries[hits[h].row], row, measure_, bank_.rows, buffer);
-            ++compared[block[hits[h].row]][2];
+            const int64_t row = bank_.index[first + hits[h].column], q = queries[hits[h].row];
+            if (q < 0 || !seed(hits[h]) || row < 0) continue;
+            candidates.decide(q, row, measure_, bank_.rows, buffer);
+            ++compared[q - begin][2];
         }
         const auto idle = [&](const Hit& hit) {
-            return hit.row >= n || seed(hit) ||
-                   hit.score + drawn_->error(queries[hit.row]) < candidates.limit(queries[hit.row]);
+            const int64_t q = queries[hit.row];
+            return q < 0 || seed(hit) || hit.score + drawn_->error(q) < candidates.limit(q);
         };
         return std::remove_if(hits, hits + found, idle) - hits;
     }
 
     void prefetch(int64_t row) const {
         const float* const rows = static_cast<const float*>(bank_.rows.rows.data);
-        const float* const data = rows + std::max<int64_t>(row, 0) * d_;
+        const float* const data = rows + row * d_;
         for (int64_t k = 0; k < d_; k += 16) __builtin_prefetch(data + k);
     }
 
@@ -339,7 +385,7 @@ class BankSearch {
             return;
         }
         for (int j = 0; j < k_; ++j) {
-            distance[j] = whole_[order_[i]] ? 1 : NAN;  // a zero row has cosine 0 to everything
+            distance[j] = kind_[order_[i]] == Kind::broken ? NAN : 1;  // a zero row has cosine 0 to everything
             index[j] = j;
         }
     }
@@ -349,15 +395,16 @@ class BankSearch {
     const int64_t d_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
-    QueryCodes codes_;
-    std::optional<QueryOutlines> drawn_;
-    int64_t own_, own_codes_, own_hits_;
+    std::optional<QueryCodes> codes_;      // of a bank that is not grouped
+    std::optional<QueryOutlines> drawn_;  // of one that is
+    int64_t own_, own_codes_ = 0, own_hits_;
     std::optional<GroupBounds> bounds_;
-    Array<float> scratch_, prepared_;
+    Array<float> scratch_, own_rows_;
+    Array<const float*> prepared_;
     Array<int64_t> nearest_, order_, orders_;
     Array<int32_t> gathered_;
     Array<double> sq_norm_;
-    Array<bool> whole_;
+    Array<Kind> kind_;
     Array<Hit> hits_;
 };
 

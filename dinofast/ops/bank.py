@@ -16,7 +16,7 @@ from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.bank_rows import check_finite, check_prepared, keep_half, prepare
 from dinofast.ops.coded_rows import CodedRows, choose_codes
 from dinofast.ops.knn_topk import METRICS
-from dinofast.ops.knn_topk_bank import FORMS
+from dinofast.ops.knn_topk_bank import forms_of
 from dinofast.ops.mapped_rows import MappedRows
 from dinofast.ops.registry import MISSING
 
@@ -29,6 +29,7 @@ FEW = 4096  # rows below which the automatic choice prepares nothing
 WORTHWHILE = {True: 0.8, False: 0.2}
 """Cost relative to comparing all codes below which groups pay: with int8 hardware, without."""
 DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
+ROUGH = 8  # that of comparing them in float32 all through
 PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
 PROBES = 8  # groups that an approximate search looks into
@@ -321,7 +322,7 @@ class Bank:
         reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
         if int8:
             rows = packed[0]
-            packed.clear()  # groups pad their rows: packed without them, codes take less
+            packed.clear()  # before the codes are made
             self._use(pack(rows, self.metric, None), "lowp", reason, start)
         else:
             self._use(packed[:1], "float32", reason, start)
@@ -367,11 +368,11 @@ def _share(visited: Tensor, m: int) -> float:
 
 def _cost(visited: Tensor, packed: list[Tensor]) -> float:
     """Estimate the cost of a search by groups, relative to comparing all codes."""
-    forms = dict(zip(FORMS, packed, strict=True))
+    forms = forms_of(packed)
     m, d = packed[0].shape
-    outlines, codes, decided = (visited.double().mean(0) / m).tolist()
+    outlines, rough, decided = (visited.double().mean(0) / m).tolist()
     channels, groups = forms["basis"].shape[1], len(forms["radius"])
-    return float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
+    return float(outlines * channels / d + ROUGH * rough + DECISION * decided + PRODUCT * groups / m)
 
 
 def _no_codes(rows: Tensor) -> str:

@@ -82,44 +82,54 @@ def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
 
 
 def pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
-    """Quantize rows, group after group, each padded to whole panels."""
-    width, (m, d) = providers.int8_columns(), rows.shape
-    group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
-    size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
+    """Quantize rows as they come, or the outlines of rows group after group, each padded to whole panels."""
+    center = rows[:: max(1, len(rows) // 1024)].double().mean(dim=0).float()
+    packed = [rows, torch.where(center.isfinite(), center, 0)]
+    packed += _coded(rows) if groups is None else _grouped(rows, packed[1], groups)
+    providers.quantize_bank(packed, metric)
+    return packed
+
+
+def _coded(rows: Tensor) -> list[Tensor]:
+    (m, d), width = rows.shape, providers.int8_columns()
+    panels = (m + width - 1) // width
+    return [
+        torch.zeros(1),
+        torch.zeros(panels * width * 4 * ((d + 3) // 4), dtype=torch.uint8),
+        *(torch.zeros(panels * width) for _ in ("scale", "bias")),
+        torch.zeros(panels),
+    ]
+
+
+def _grouped(rows: Tensor, center: Tensor, groups: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    centroids, radius, group = groups
+    width = providers.int8_columns()
+    size = torch.bincount(group, minlength=len(centroids))
     padded = (size + width - 1) // width * width
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
     order = group.argsort(stable=True)
     first = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
     columns = int(starts[-1])
     row = torch.full((columns,), -1, dtype=torch.int64)
-    row[starts[group[order]] + torch.arange(m) - first[group[order]]] = order
-    center = rows[:: max(1, m // 1024)].double().mean(dim=0).float()
-    packed = [
-        rows,
-        torch.where(center.isfinite(), center, 0),
-        torch.zeros(1),
-        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
-        *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
-        row,
+    row[starts[group[order]] + torch.arange(len(rows)) - first[group[order]]] = order
+    basis, skew = _basis(rows, center)
+    return [
+        *(row, starts, centroids, radius, basis),
+        torch.tensor([0, 0, skew]),
+        torch.zeros(columns * 4 * outline_quads(basis.shape[1]), dtype=torch.uint8),
+        *(torch.zeros(2, columns) for _ in ("outline_scale", "outline_tail", "outline_bias")),
     ]
-    if groups:
-        basis, skew = _basis(rows, packed[1])
-        packed += [
-            *(starts, *groups[:2], basis),
-            torch.tensor([0, 0, skew]),
-            torch.zeros(columns * 4 * outline_quads(basis.shape[1]), dtype=torch.uint8),
-            *(torch.zeros(2, columns) for _ in ("outline_scale", "outline_tail", "outline_bias")),
-        ]
-    providers.quantize_bank(packed, metric)
-    return packed
 
 
 def form_bytes(m: int, d: int) -> int:
-    """Tell the bytes that the forms of M grouped rows take beside the rows, at most.
+    """Tell the bytes that the forms of M rows take beside the rows, at most.
 
-    Each group is padded by all but one column of a panel; rows that are not grouped take less.
+    Each group is padded by all but one column of a panel.
     """
     groups, depth, width = group_count(m), _depth(d), providers.int8_columns()
     columns = (m + groups * (width - 1)) // width * width
-    column = 4 * ((d + 3) // 4) + 4 * outline_quads(depth) + 44  # codes, and 4 + 6 numbers and a row number
-    return columns * column + 4 * (groups * (d + 1) + d * (1 + depth) + 4) + 8 * (groups + 1)
+    column = 4 * outline_quads(depth) + 32  # codes, 6 numbers and a row number
+    grouped = columns * column + 4 * (groups * (d + 1) + d * (1 + depth) + 4) + 8 * (groups + 1)
+    panels = (m + width - 1) // width
+    coded = panels * width * (4 * ((d + 3) // 4) + 8) + 4 * panels + 4 * (d + 1)
+    return max(grouped, coded)

@@ -27,8 +27,8 @@ struct Measure {
     // Squared norm in float64.
     double sq_norm(const float* x) const { return tile.lines.sq_distance(x, origin, d); }
 
-    // The factor that gives a row of this squared norm unit norm: 1 for a zero row, and for a row that float32
-    // rounding may have left so, since scaling twice is scaling once.
+    // The factor that gives a row of this squared norm unit norm: 1 for a zero row, and for a row that
+    // float32 rounding may have left so, since scaling twice is scaling once.
     static double unit_scale(double sq_norm);
 
     // Scale x to unit norm into out. False when x holds NaN or inf.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "packed_bank.h"
 
@@ -61,6 +62,16 @@ class GroupBounds {
     void best(int64_t q, int64_t stride, float* out) const {
         const float* best = best_.get() + q * bank_.groups;
         for (int64_t g = 0; g < bank_.groups; ++g) out[g * stride] = best[g];
+    }
+
+    // The score that the best `probes` groups of query q may reach; -infinity for 0, or for all of them. The
+    // buffer holds G floats.
+    float best_of(int64_t q, int64_t probes, float* buffer) const {
+        const int64_t groups = bank_.groups;
+        if (probes == 0 || probes >= groups) return -INFINITY;
+        std::copy_n(best_.get() + q * groups, groups, buffer);
+        std::nth_element(buffer, buffer + probes - 1, buffer + groups, std::greater<>());
+        return buffer[probes - 1];
     }
 
   private:

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <numeric>
 #include <optional>
 
+#include "bank_queries.h"
 #include "group_bounds.h"
 #include "memory.h"
 #include "query_outlines.h"
@@ -24,6 +24,7 @@ constexpr int64_t CHUNK_OF_QUERIES = 1024;
 constexpr int64_t TILES_OF_CHUNK = (CHUNK_OF_QUERIES + ROWS - 1) / ROWS;
 constexpr int64_t BLOCK = 6 * ROWS;  // queries that look into groups together
 constexpr float MOST = std::numeric_limits<float>::max();
+constexpr int64_t DENSE = 16;           // pairs of a panel and a tile from which codes of all pay
 constexpr int64_t FIRST = 2 * COLUMNS;  // columns of a full scan's first look, which all pass
 
 // Columns compared by outlines; those that these left over, or by codes; and those compared exactly.
@@ -42,33 +43,26 @@ class BankSearch {
           threads_(threads),
           gamma_(product_error(measure.d)),
           own_(4 * (d_ + 16) + (BLOCK + 2) * bank.groups) {
-        own_hits_ = ROWS * group_;
+        own_hits_ = ROWS * (group_ + COLUMNS);
         hits_ = allocate<Hit>(own_hits_ * threads);
-        if (bank.groups == 0) {
-            codes_.emplace(int8, TILES_OF_CHUNK, d_);
-            return;
-        }
+        if (bank.codes != nullptr) codes_.emplace(int8, TILES_OF_CHUNK, d_);
+        if (bank.groups == 0) return;
         drawn_.emplace(int8, TILES_OF_CHUNK, bank);
         orders_ = allocate<int64_t>(bank.groups * threads);
-        own_codes_ = round_up(drawn_->codes_of_tile(), 16);
+        own_codes_ = round_up(drawn_->codes_of_tile() + (codes_ ? codes_->codes_of_tile() : 0), 16);
         gathered_ = allocate<int32_t>(own_codes_ * threads);
         std::fill_n(gathered_.get(), own_codes_ * threads, 0);
     }
 
     void search(const Rows& queries, float* distance, int64_t* index, int64_t* visited) {
         const int64_t chunk = std::min(queries.count, CHUNK_OF_QUERIES);
-        own_rows_ = allocate<float>(chunk * d_);
-        prepared_ = allocate<const float*>(chunk);
+        queries_.emplace(measure_, bank_.center, chunk);
         if (bank_.groups > 0) {
             bounds_.emplace(measure_, bank_, chunk);
             own_ = std::max(own_, bounds_->scratch());
         }
         own_ = round_up(own_, 16);
         scratch_ = allocate<float>(own_ * threads_);
-        nearest_ = allocate<int64_t>(chunk);
-        order_ = allocate<int64_t>(chunk);
-        sq_norm_ = allocate<double>(chunk);
-        kind_ = allocate<Kind>(chunk);
         Candidates candidates(chunk, k_, true);
         for (int64_t start = 0; start < queries.count; start += chunk) {
             search_chunk(queries, start, std::min(chunk, queries.count - start), candidates, distance, index,
@@ -77,8 +71,6 @@ class BankSearch {
     }
 
   private:
-    enum class Kind : uint8_t { usual, zero, broken };
-
     void search_chunk(const Rows& queries, int64_t start, int64_t count, Candidates& candidates,
                       float* distance, int64_t* index, int64_t* visited) {
         const int64_t tiles = (count + ROWS - 1) / ROWS;
@@ -87,20 +79,17 @@ class BankSearch {
         {
             float* const mine = scratch_.get() + own_ * thread_number();
             Hit* const hits = hits_.get() + own_hits_ * thread_number();
-            for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q);
+            for (int64_t q; (q = next_query.fetch_add(1)) < count;) queries_->prepare(queries, start + q, q);
 #pragma omp barrier
             if (bank_.groups > 0) {
                 for (int64_t t; (t = next_search.fetch_add(1)) * measure_.tile.rows < count;) {
-                    bounds_->find(t, count, prepared_.get(), sq_norm_.get(), nearest_.get(), mine);
+                    bounds_->find(t, count, queries_->rows(), queries_->sq_norms(), queries_->nearest(),
+                                  mine);
                 }
             }
 #pragma omp barrier
 #pragma omp single
-            {
-                std::iota(order_.get(), order_.get() + count, int64_t{0});
-                std::stable_sort(order_.get(), order_.get() + count,
-                                 [this](int64_t a, int64_t b) { return nearest_[a] < nearest_[b]; });
-            }
+            queries_->sort(count);
             for (int64_t t; (t = next_pack.fetch_add(1)) < tiles;) pack(t, count, candidates, mine);
 #pragma omp barrier
             const int64_t step =
@@ -113,52 +102,25 @@ class BankSearch {
                     scan_all(begin, end, count, candidates, hits, mine, visited + 3 * start);
                 }
                 for (int64_t i = begin; i < end; ++i) {
-                    const int64_t out = start + order_[i];
+                    const int64_t out = start + queries_->at(i);
                     finish(i, candidates, mine, distance + out * k_, index + out * k_);
                 }
             }
         }
     }
 
-    // Row q of the chunk: prepared, in place where it is already, and its norm.
-    void prepare(const Rows& queries, int64_t start, int64_t q) {
-        float* const own = own_rows_.get() + q * d_;
-        const float* row = queries.get(start + q, own);
-        const bool cosine = measure_.metric == Metric::cosine;
-        const double square = measure_.sq_norm(row), scale = cosine ? Measure::unit_scale(square) : 1;
-        prepared_[q] = row;
-        kind_[q] = !std::isfinite(square) ? Kind::broken : cosine && square == 0 ? Kind::zero : Kind::usual;
-        nearest_[q] = 0;
-        sq_norm_[q] = 0;
-        if (kind_[q] == Kind::broken) {
-            std::fill(own, own + d_, 0.0f);
-            prepared_[q] = own;
-            return;
-        }
-        if (scale != 1) {
-            for (int64_t k = 0; k < d_; ++k) own[k] = static_cast<float>(row[k] * scale);
-            prepared_[q] = own;
-        }
-        sq_norm_[q] = measure_.tile.lines.sq_distance(prepared_[q], bank_.center, d_);
-    }
-
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        if (drawn_) {
-            drawn_->clear(t);
-        } else {
-            codes_->clear(t);
-        }
+        if (drawn_) drawn_->clear(t);
+        if (codes_) codes_->clear(t);
         for (int64_t i = t * ROWS; i < std::min((t + 1) * ROWS, count); ++i) {
-            const int64_t q = order_[i];
-            const float* x = prepared_[q];
-            if (drawn_) {
-                drawn_->fill(i, bounds_->drawn(q), sq_norm_[q], measure_.origin, buffer);
-            } else {
-                codes_->fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
-            }
-            candidates.start(i, x, sq_norm_[q], drawn_ ? 0 : codes_->error(i));
-            if (kind_[q] != Kind::usual) candidates.settle(i);
+            const int64_t q = queries_->at(i);
+            const float* x = queries_->rows()[q];
+            const double sq_norm = queries_->sq_norms()[q];
+            if (drawn_) drawn_->fill(i, bounds_->drawn(q), sq_norm, measure_.origin, buffer);
+            if (codes_) codes_->fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
+            candidates.start(i, x, sq_norm, codes_ ? codes_->error(i) : 0);
+            if (queries_->kind(q) != BankQueries::Kind::usual) candidates.settle(i);
         }
     }
 
@@ -199,9 +161,9 @@ class BankSearch {
         float enough[BLOCK], bar[BLOCK];
         Compared compared[BLOCK] = {};
         for (int64_t r = 0; r < n; ++r) {
-            const int64_t q = order_[begin + r];
+            const int64_t q = queries_->at(begin + r);
             bounds_->best(q, BLOCK, most + r);
-            enough[r] = probes_ > 0 ? probe_limit(most, r, key) : -INFINITY;
+            enough[r] = bounds_->best_of(q, probes_, key);
             bar[r] = candidates.threshold(begin + r) == INFINITY ? INFINITY : -MOST;
         }
         const auto visit = [&](int64_t g, const int64_t* wanted, int64_t count) {
@@ -220,9 +182,9 @@ class BankSearch {
         };
         int64_t wanted[BLOCK];
         for (int64_t r = 0, next; r < n; r = next) {
-            const int64_t g = nearest_[order_[begin + r]];
+            const int64_t g = nearest(begin + r);
             int64_t count = 0;
-            for (next = r; next < n && nearest_[order_[begin + next]] == g; ++next) {
+            for (next = r; next < n && nearest(begin + next) == g; ++next) {
                 if (bar[next] < INFINITY) wanted[count++] = next;
             }
             visit(g, wanted, count);
@@ -282,54 +244,77 @@ class BankSearch {
             compared[queries[r] - begin][0] += columns;
             fresh = fresh || candidates.limit(queries[r]) == -INFINITY;
         }
-        for (int64_t end = first + columns; first < end; first += group_) {
+        for (int64_t end = first + columns, next; first < end; first = next) {
+            next = std::min(first + group_, end);
             float limits[ROWS];
             for (int64_t r = 0; r < ROWS; ++r) {
                 limits[r] = queries[r] < 0 ? INFINITY : candidates.limit(queries[r]);
             }
-            int64_t found = drawn.sift(queries, first, std::min(group_, end - first), limits, hits);
+            int64_t found = drawn.sift(queries, first, next - first, limits, hits);
             if (fresh) found = start(queries, first, hits, found, candidates, buffer, compared, begin);
             fresh = false;
-            for (int64_t h = 0, next; h < found; h = next) {
+            for (int64_t h = 0, last; h < found; h = last) {
                 const int64_t panel = hits[h].column / COLUMNS;
-                for (next = h + 1; next < found && hits[next].column / COLUMNS == panel;) ++next;
-                decide(queries, first + panel * COLUMNS, hits + h, hits + next, candidates, buffer, compared,
+                for (last = h + 1; last < found && hits[last].column / COLUMNS == panel;) ++last;
+                decide(queries, first + panel * COLUMNS, hits + h, hits + last, candidates, buffer, compared,
                        begin);
             }
         }
     }
 
-    // Decide those hits in the panel from column `first` on that still matter: some columns for all queries,
-    // then the next, so that rows stay in the L1.
+    // Decide those hits in the panel from column `first` on that still matter, some of a query at a time; by
+    // codes first where they are many.
     void decide(const int64_t* queries, int64_t first, const Hit* hit, const Hit* end, Candidates& candidates,
                 float* buffer, Compared* compared, int64_t begin) {
-        constexpr int SOME = Candidates::ROUGH;
-        uint32_t wanted[ROWS] = {}, any = 0;
-        for (; hit < end; ++hit) {
-            const int64_t q = queries[hit->row], column = hit->column % COLUMNS;
-            if (q < 0 || hit->score + drawn_->error(q) < candidates.limit(q)) continue;
-            if (bank_.index[first + column] < 0) continue;
-            wanted[hit->row] |= 1u << column;
-            any |= 1u << column;
+        if (codes_ && end - hit >= DENSE) {
+            return scan(queries, first, hit, end, candidates, buffer, compared, begin);
         }
-        for (; any != 0;) {
-            uint32_t some = 0;
-            for (int i = 0; i < SOME && any != 0; ++i) {
-                some |= any & -any;
-                prefetch(bank_.index[first + __builtin_ctz(any)]);
-                any &= any - 1;
+        while (hit < end) {
+            const int32_t row = hit->row;
+            int64_t index[Candidates::ROUGH];
+            int count = 0;
+            for (; hit < end && hit->row == row && count < Candidates::ROUGH; ++hit) {
+                const int64_t i = bank_.index[first + hit->column % COLUMNS];
+                if (i < 0 || !matters(queries, *hit, candidates)) continue;
+                index[count++] = i;
+                bank_.prefetch(i);
             }
-            for (int r = 0; r < ROWS; ++r) {
-                int64_t index[SOME];
-                int count = 0;
-                for (uint32_t left = wanted[r] & some; left != 0; left &= left - 1) {
-                    index[count++] = bank_.index[first + __builtin_ctz(left)];
-                }
-                if (count == 0) continue;
-                Compared& of_query = compared[queries[r] - begin];
-                of_query[1] += count;
-                of_query[2] += candidates.decide(queries[r], index, count, measure_, bank_.rows, buffer);
-            }
+            if (count == 0) continue;
+            Compared& of_query = compared[queries[row] - begin];
+            of_query[1] += count;
+            of_query[2] += candidates.decide(queries[row], index, count, measure_, bank_.rows, buffer);
+        }
+    }
+
+    // Whether a hit of outlines may still be among the nearest.
+    bool matters(const int64_t* queries, const Hit& hit, const Candidates& candidates) const {
+        const int64_t q = queries[hit.row];
+        return q >= 0 && !(hit.score + drawn_->error(q) < candidates.limit(q));
+    }
+
+    // Offer those hits in a panel that still matter, by their codes.
+    void scan(const int64_t* queries, int64_t first, const Hit* hit, const Hit* end, Candidates& candidates,
+              float* buffer, Compared* compared, int64_t begin) {
+        uint32_t wanted[ROWS] = {};
+        for (; hit < end; ++hit) {
+            const int64_t column = hit->column % COLUMNS;
+            if (bank_.index[first + column] < 0 || !matters(queries, *hit, candidates)) continue;
+            wanted[hit->row] |= 1u << column;
+        }
+        int32_t* const memory = gathered_.get() + own_codes_ * thread_number() + drawn_->codes_of_tile();
+        Hit hits[ROWS * COLUMNS];
+        QueryTile tile{memory, {}, {}};
+        float threshold[ROWS];
+        codes_->gather(queries, ROWS, tile);
+        for (int r = 0; r < ROWS; ++r) {
+            threshold[r] = wanted[r] == 0 ? INFINITY : candidates.threshold(queries[r]);
+            if (queries[r] >= 0) compared[queries[r] - begin][1] += COLUMNS;
+        }
+        const int64_t found = codes_->sieve(tile, bank_, first, COLUMNS, threshold, hits);
+        for (const Hit* hit = hits; hit < hits + found; ++hit) {
+            if ((wanted[hit->row] >> hit->column & 1) == 0) continue;
+            candidates.offer(queries[hit->row], hit->score, bank_.error[first / COLUMNS],
+                             bank_.index[first + hit->column], measure_, bank_.rows, buffer);
         }
     }
 
@@ -353,30 +338,14 @@ class BankSearch {
             candidates.decide(q, row, measure_, bank_.rows, buffer);
             ++compared[q - begin][2];
         }
-        const auto idle = [&](const Hit& hit) {
-            const int64_t q = queries[hit.row];
-            return q < 0 || seed(hit) || hit.score + drawn_->error(q) < candidates.limit(q);
-        };
+        const auto idle = [&](const Hit& hit) { return seed(hit) || !matters(queries, hit, candidates); };
         return std::remove_if(hits, hits + found, idle) - hits;
     }
 
-    void prefetch(int64_t row) const {
-        const float* const rows = static_cast<const float*>(bank_.rows.rows.data);
-        const float* const data = rows + row * d_;
-        for (int64_t k = 0; k < d_; k += 16) __builtin_prefetch(data + k);
-    }
+    int64_t nearest(int64_t i) { return queries_->nearest()[queries_->at(i)]; }
 
     void tell(int64_t i, const Compared& compared, int64_t* visited) const {
-        std::copy(compared.begin(), compared.end(), visited + 3 * order_[i]);
-    }
-
-    // The score that the best `probes` groups of row r may reach.
-    float probe_limit(const float* most, int64_t r, float* sorted) const {
-        const int64_t groups = bank_.groups;
-        if (probes_ >= groups) return -INFINITY;
-        for (int64_t g = 0; g < groups; ++g) sorted[g] = most[g * BLOCK + r];
-        std::nth_element(sorted, sorted + probes_ - 1, sorted + groups, std::greater<>());
-        return sorted[probes_ - 1];
+        std::copy(compared.begin(), compared.end(), visited + 3 * queries_->at(i));
     }
 
     void finish(int64_t i, Candidates& candidates, float* buffer, float* distance, int64_t* index) {
@@ -384,8 +353,9 @@ class BankSearch {
             candidates.finish(i, measure_, bank_.rows, buffer, distance, index);
             return;
         }
+        const bool broken = queries_->kind(queries_->at(i)) == BankQueries::Kind::broken;
         for (int j = 0; j < k_; ++j) {
-            distance[j] = kind_[order_[i]] == Kind::broken ? NAN : 1;  // a zero row has cosine 0 to everything
+            distance[j] = broken ? NAN : 1;  // a zero row has cosine 0 to everything
             index[j] = j;
         }
     }
@@ -395,16 +365,14 @@ class BankSearch {
     const int64_t d_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
-    std::optional<QueryCodes> codes_;      // of a bank that is not grouped
-    std::optional<QueryOutlines> drawn_;  // of one that is
+    std::optional<QueryCodes> codes_;
+    std::optional<QueryOutlines> drawn_;  // where rows are grouped
     int64_t own_, own_codes_ = 0, own_hits_;
     std::optional<GroupBounds> bounds_;
-    Array<float> scratch_, own_rows_;
-    Array<const float*> prepared_;
-    Array<int64_t> nearest_, order_, orders_;
+    std::optional<BankQueries> queries_;
+    Array<float> scratch_;
+    Array<int64_t> orders_;
     Array<int32_t> gathered_;
-    Array<double> sq_norm_;
-    Array<Kind> kind_;
     Array<Hit> hits_;
 };
 

@@ -189,11 +189,8 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
     std::fill(origin.get(), origin.get() + d, 0.0f);
     std::optional<Codes> whole;
     std::optional<Outlines> outlines;
-    if (outlined) {
-        outlines.emplace(tile, bank);
-    } else {
-        whole.emplace(bank.columns, d, bank.codes, bank.scale, bank.bias, bank.weight);
-    }
+    if (outlined) outlines.emplace(tile, bank);
+    if (bank.codes != nullptr) whole.emplace(bank.columns, d, bank.codes, bank.scale, bank.bias, bank.weight);
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -201,11 +198,8 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
         float* const drawn = row + d;
         int8_t* const codes = reinterpret_cast<int8_t*>(drawn + depth);
         for (int64_t p; (p = next.fetch_add(1)) < panels;) {
-            if (outlined) {
-                outlines->clear(p);
-            } else {
-                whole->clear(p);
-            }
+            if (outlines) outlines->clear(p);
+            if (whole) whole->clear(p);
             for (int64_t column = p * COLUMNS; column < (p + 1) * COLUMNS; ++column) {
                 const int64_t i = bank.row(column);
                 if (i < 0) continue;
@@ -215,19 +209,13 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
                 const double square = tile.lines.sq_distance(row, origin.get(), d);
                 const double bias = -square / 2 - (zero ? 0.5 : 0);
                 const bool usable = square < HUGE_SQUARE;
-                if (outlined) {
-                    outlines->fill(column, row, square, bias, usable, drawn, codes);
-                } else {
-                    whole->fill(column, row, bias, usable, codes);
-                }
+                if (outlines) outlines->fill(column, row, square, bias, usable, drawn, codes);
+                if (whole) whole->fill(column, row, bias, usable, codes);
             }
         }
     }
-    if (outlined) {
-        outlines->finish();
-    } else {
-        whole->finish(product_error(d), bank.error);
-    }
+    if (outlines) outlines->finish();
+    if (whole) whole->finish(product_error(d), bank.error);
 }
 
 }  // namespace dinofast

@@ -58,12 +58,13 @@ class QueryCodes {
 
     int64_t codes_of_tile() const { return size_; }
 
-    // Collect n <= ROWS queries; what is left of the tile has scale 0.
+    // Collect n <= ROWS queries, -1 for none; what is left of the tile has scale 0.
     void gather(const int64_t* queries, int64_t n, QueryTile& tile) const {
         std::fill_n(tile.scale, ROWS, 0.0f);
         std::fill_n(tile.sum, ROWS, 0);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t i = queries[r];
+            if (i < 0) continue;
             const int32_t* const from = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
             for (int64_t quad = 0; quad < quads_; quad += QUADS) {
                 std::memcpy(tile.codes + quad * ROWS + r * QUADS, from + quad * ROWS, Int8Tile::RUN);
@@ -83,6 +84,11 @@ class QueryCodes {
                   const float* threshold, Hit* hits) const {
         return int8_.sieve(codes(tile), scale(tile), sum(tile), bank.codes + first * quads_ * 4, columns,
                            quads_, bank.scale + first, bank.bias + first, threshold, hits);
+    }
+    int64_t sieve(const QueryTile& tile, const PackedBank& bank, int64_t first, int64_t columns,
+                  const float* threshold, Hit* hits) const {
+        return int8_.sieve(tile.codes, tile.scale, tile.sum, bank.codes + first * quads_ * 4, columns, quads_,
+                           bank.scale + first, bank.bias + first, threshold, hits);
     }
 
   private:

@@ -22,10 +22,11 @@ GROUPED = (
     *("rows", "center", "row", "starts", "centroids", "radius"),
     *("basis", "outline_weight", "outline_codes", "outline_scale", "outline_tail", "outline_bias"),
 )
-"""The tensors behind a Bank, on the CPU, in the order of the operator's list: the rows alone, or one of these.
+BOTH = GROUPED + CODED[2:]
+"""The tensors behind a Bank on the CPU, in the order of the operator's list: the rows alone, or one of these.
 
-Columns come in panels of 32, P in all. Of a coded bank column i is row i, and those behind the last row are
-padding; of a grouped bank a column is a row in the order of the groups, or padding.
+Columns come in panels of 32, P in all. In a grouped bank a column is a row in the order of the groups, or
+padding; else column i is row i, and those behind the last row are padding.
 
 - rows: (M, D), float32, finite; for cosine of unit norm or zero.
 - center: (D,), float32, subtracted before quantization.
@@ -68,10 +69,13 @@ def forms_of(packed: list[Tensor]) -> dict[str, Tensor]:
     Raises:
         RuntimeError: its length is that of no kind of bank.
     """
-    names = {1: CODED[:1], len(CODED): CODED, len(GROUPED): GROUPED}.get(len(packed), ())
+    names = {len(names): names for names in (CODED[:1], CODED, GROUPED, BOTH)}.get(len(packed), ())
     require(
         len(names) > 0,
-        lambda: f"knn_topk: a packed bank has 1, {len(CODED)} or {len(GROUPED)} tensors, got {len(packed)}",
+        lambda: (
+            f"knn_topk: a packed bank has 1, {len(CODED)}, {len(GROUPED)} or {len(BOTH)} tensors, "
+            f"got {len(packed)}"
+        ),
     )
     return dict(zip(names, packed, strict=True))
 
@@ -89,6 +93,7 @@ def _check_packed(packed: list[Tensor]) -> None:
     if "codes" in forms:
         shapes |= {"weight": (1,), "codes": (p * 4 * ((d + 3) // 4),), "error": (p // PANEL,)}
         shapes |= dict.fromkeys(("scale", "bias"), (p,))
+    if "row" not in forms:
         least = (m + PANEL - 1) // PANEL * PANEL
         require(p == least, lambda: f"knn_topk: a packed bank of {m} rows has {least} columns, got {p}")
     else:
@@ -103,7 +108,7 @@ def _check_packed(packed: list[Tensor]) -> None:
 
 def columns_of(forms: dict[str, Tensor]) -> int:
     """Count the columns of a coded or grouped bank."""
-    return forms["scale" if "scale" in forms else "row"].numel()
+    return forms["row" if "row" in forms else "scale"].numel()
 
 
 def _check_form(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -155,12 +155,17 @@ else:
             )
             return distance, index, visited.copy_(torch.tensor([0, 0, m]))
         check_numbers(packed)
+        pointers, columns, groups, depth = _packed(packed)
         queries = dense(queries)
         _native.knn_topk_bank(
             *matrix(queries),
             d,
             _NATIVE_ELEMENTS[queries.dtype],
-            *_packed(packed),
+            pointers,
+            m,
+            columns,
+            groups,
+            depth,
             k,
             METRICS.index(metric),
             probes,
@@ -330,20 +335,20 @@ def unit_rows(rows: Tensor) -> Tensor:
     return out
 
 
-def _packed(packed: list[Tensor]) -> tuple[list[int], int, int, int, int]:
-    """Give the pointers of a packed bank, 0 where there is no form, and M, P, G and H."""
+def _packed(packed: list[Tensor]) -> tuple[list[int], int, int, int]:
+    """Give the pointers of a packed bank, 0 where there is no form, and P, G and H."""
     forms = forms_of(packed)
     pointers = [forms[name].data_ptr() if name in forms else 0 for name in CODED + GROUPED[2:]]
     grouped = (len(forms["radius"]), forms["basis"].shape[1]) if "basis" in forms else (0, 0)
-    return pointers, len(packed[0]), columns_of(forms), *grouped
+    return pointers, columns_of(forms), *grouped
 
 
 @_naming_isa
 def quantize_bank(packed: list[Tensor], metric: str) -> None:
-    """Fill what `knn_topk_bank.CODED` or `GROUPED` tells of codes, errors and outlines from the rest."""
-    pointers, *sizes = _packed(packed)
-    d = packed[0].shape[1]
-    _native.quantize_bank(pointers, *sizes, d, METRICS.index(metric), _threads())
+    """Fill what `knn_topk_bank.BOTH` tells of codes, errors and outlines from the rest."""
+    pointers, columns, groups, depth = _packed(packed)
+    (m, d), number = packed[0].shape, METRICS.index(metric)
+    _native.quantize_bank(pointers, m, columns, groups, depth, d, number, _threads())
 
 
 @_naming_isa

@@ -27,7 +27,7 @@ constexpr float MOST = std::numeric_limits<float>::max();
 constexpr int64_t DENSE = 16;           // pairs of a panel and a tile from which codes of all pay
 constexpr int64_t FIRST = 2 * COLUMNS;  // columns of a full scan's first look, which all pass
 
-// Columns compared by outlines; those that these left over, or by codes; and those compared exactly.
+// Columns compared by outlines, by codes or roughly, and those compared exactly.
 using Compared = std::array<int64_t, 3>;
 
 class BankSearch {

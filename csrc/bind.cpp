@@ -17,20 +17,21 @@ using namespace dinofast;
 
 namespace {
 
-// The tensors of a packed bank, in the order of dinofast/ops/knn_topk_bank.py; null pointers and 0 groups
-// where there are none. `depth` is that of the outlines.
-PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t d, int64_t columns,
-                       int64_t groups, int64_t depth) {
+// The tensors of a packed bank, in the order of CODED and the rest of GROUPED in
+// dinofast/ops/knn_topk_bank.py; null pointers and 0 groups where there are none. `depth` is that of the
+// outlines.
+PackedBank packed_bank(const std::vector<uintptr_t>& at, int64_t m, int64_t columns, int64_t groups,
+                       int64_t depth, int64_t d) {
     return {{{reinterpret_cast<const void*>(at[0]), m, d, d, Element::float32}, true},
             reinterpret_cast<const float*>(at[1]),
-            reinterpret_cast<float*>(at[2]),
             columns,
+            reinterpret_cast<float*>(at[2]),
             reinterpret_cast<uint8_t*>(at[3]),
             reinterpret_cast<float*>(at[4]),
             reinterpret_cast<float*>(at[5]),
             reinterpret_cast<float*>(at[6]),
-            reinterpret_cast<const int64_t*>(at[7]),
             groups,
+            reinterpret_cast<const int64_t*>(at[7]),
             reinterpret_cast<const int64_t*>(at[8]),
             reinterpret_cast<const float*>(at[9]),
             reinterpret_cast<const float*>(at[10]),
@@ -115,14 +116,14 @@ PYBIND11_MODULE(_native, m) {
         "Returns the number of the first row with NaN or inf, or -1.");
     m.def(
         "quantize_bank",
-        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t d, int64_t columns, int64_t groups,
-           int64_t depth, int metric, int threads) {
+        [](const std::vector<uintptr_t>& packed, int64_t m, int64_t columns, int64_t groups, int64_t depth,
+           int64_t d, int metric, int threads) {
             const Tile& tile = chosen_tile();
             py::gil_scoped_release release;
-            quantize_bank(tile, packed_bank(packed, m, d, columns, groups, depth),
+            quantize_bank(tile, packed_bank(packed, m, columns, groups, depth, d),
                           static_cast<Metric>(metric), threads);
         },
-        "Fill weight, codes, scale, bias and error of a packed bank, and those of its outlines.");
+        "Fill weight, codes, scale, bias and error of a packed bank, or those of its outlines.");
     m.def(
         "knn_topk_bank",
         [](uintptr_t queries, int64_t q, int64_t queries_stride, int64_t d, int element,
@@ -134,7 +135,7 @@ PYBIND11_MODULE(_native, m) {
             const Rows left{reinterpret_cast<const void*>(queries), q, queries_stride, d,
                             static_cast<Element>(element)};
             py::gil_scoped_release release;
-            knn_topk_bank(tile, int8, left, packed_bank(packed, m, d, columns, groups, depth), k,
+            knn_topk_bank(tile, int8, left, packed_bank(packed, m, columns, groups, depth, d), k,
                           static_cast<Metric>(metric), probes, reinterpret_cast<float*>(distance),
                           reinterpret_cast<int64_t*>(index), reinterpret_cast<int64_t*>(visited), threads);
         },

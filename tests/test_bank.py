@@ -18,7 +18,7 @@ from dinofast.ops import Bank, knn_topk, mapped_rows, providers
 from dinofast.ops.bank_choice import knn_bank
 from dinofast.ops.bank_forms import group, pack
 from dinofast.ops.knn_topk import METRICS
-from dinofast.ops.knn_topk_bank import FORMS
+from dinofast.ops.knn_topk_bank import BOTH, CODED, PANEL, forms_of
 
 native = pytest.importorskip("dinofast._native", reason="built without native kernels")
 ISAS = native.available_isas()
@@ -32,6 +32,7 @@ def forms(rows, metric):
         "float32": [one],
         "lowp": pack(one, metric, None),
         "pruned": pack(one, metric, group(one, 0)),
+        "auto": pack(one, metric, group(one, 0), codes=False),
     }
 
 
@@ -75,6 +76,31 @@ def test_strategies_agree_on_adversarial_rows(isa, metric):
         assert_same(huge[:4] + 1, huge, 2, metric)
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_rough_look_rules_out_no_near_tie(isa, k):
+    """Distances nearly equal, some of them sums of many equal squares, whose roundings add up in float32."""
+    rows = torch.zeros(40, 6000)
+    for i, row in enumerate(rows):
+        row[: 6000 // (1 + i % 7) ** 2] = 0.37 + 0.61 * i
+    rows *= (1 + 4e-6 * torch.rand(40, 1, dtype=torch.float64)) / rows.double().norm(dim=1, keepdim=True)
+    for metric in ("sqeuclidean", "euclidean"):
+        assert_same(torch.zeros(3, 6000), rows, k, metric)
+
+
+def test_auto_keeps_no_codes_of_grouped_rows():
+    rows = clustered(6000, 64, spread=0.05, clusters=60)
+    lean, fast, coded = (Bank(rows, strategy=s) for s in ("auto", "pruned", "lowp"))
+    assert lean.strategy == fast.strategy == "pruned"
+    extra = [sum(x.nbytes for x in bank.packed[1:]) for bank in (lean, fast)]
+    assert extra[0] < extra[1] - 6000 * 64
+    queries = clustered(50, 64, spread=0.05, clusters=60)
+    for got, want in zip(knn_topk(queries, lean, 3), knn_topk(queries, fast, 3), strict=True):
+        assert torch.equal(got, want)
+    assert len(coded.packed) in (1, len(CODED))
+    if len(coded.packed) > 1:
+        assert sum(x.nbytes for x in coded.packed[1:]) < 6000 * (64 + 9)
+
+
 NUMBERS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1e-40, 1e-20, 127.0, 1e10]), st.floats(-4, 4, width=32))
 
 
@@ -94,14 +120,14 @@ def test_drawn_banks(data, metric, isa):
 def test_the_bound_on_the_quantization_error_holds_and_is_not_idle():
     """score + error of both sides is above the true score, score − 2 · error below; and not by much."""
     rows = torch.nn.functional.normalize(clustered(500, 384))
-    packed = SimpleNamespace(**dict(zip(FORMS, pack(rows, "cosine", None), strict=False)))
+    packed = SimpleNamespace(**forms_of(pack(rows, "cosine", None)))
     codes = packed.codes.view(-1, 96, 32, 4).permute(0, 2, 1, 3).reshape(-1, 384).double() - 128
     approximate = codes * packed.scale.double()[:, None]
     centered = (rows - packed.center).double()
     truth = centered @ centered.T - centered.square().sum(1) / 2
     upper = approximate @ approximate.T + packed.bias.double()
     assert approximate.shape[0] == 512
-    error = packed.error.double()  # rows are their own queries, with the same part of the bound
+    error = packed.error.double().repeat_interleave(PANEL)  # rows are their own queries, with the same part
     upper, error = upper[:500, :500], error[:500]
     assert bool((upper + error[:, None] >= truth).all())
     assert bool((upper - 2 * error - error[:, None] <= truth).all())
@@ -408,6 +434,10 @@ def test_a_mapped_bank_takes_the_queries_of_others(mapped, dtype, metric):
         ("row", lambda x: x.int(), "packed row must be contiguous torch.int64"),
         ("codes", lambda x: x[:-1], r"packed codes must be contiguous torch.uint8 \("),
         ("scale", lambda x: x[:1].expand(len(x)), r"packed scale must be contiguous .* of strides \(0,\)"),
+        ("scale", lambda x: x[:-1], "whole panels of 32"),
+        ("scale", lambda x: x[:-32], "a packed bank of 700 rows has 704 columns, got 672"),
+        ("scale", lambda x: torch.cat([x, x[:32]]), "of 700 rows has 704 columns, got 736"),
+        ("error", lambda x: x.repeat_interleave(32), r"packed error must be contiguous .* \(22,\)"),
         ("center", lambda x: x[:20], "packed center must be"),
         ("starts", lambda x: x.flip(0), "packed starts must rise from 0"),
         ("starts", lambda x: x.clamp(min=32), "packed starts must rise from 0"),
@@ -420,10 +450,11 @@ def test_a_mapped_bank_takes_the_queries_of_others(mapped, dtype, metric):
     ],
 )
 def test_hand_made_lists_are_refused(form, change, message):
-    packed = [x.clone() for x in forms(clustered(700, 21), "cosine")["pruned"]]
+    kind, names = ("lowp", CODED) if form in CODED else ("pruned", BOTH)
+    packed = [x.clone() for x in forms(clustered(700, 21), "cosine")[kind]]
     if form == "basis":
-        assert packed[FORMS.index("basis")].shape == (21, 8)
-    at = FORMS.index(form)
+        assert packed[names.index("basis")].shape == (21, 8)
+    at = names.index(form)
     packed[at] = change(packed[at])
     with pytest.raises(RuntimeError, match=message):
         knn_bank(torch.randn(3, 21), packed, 1, "cosine", 0)
@@ -431,15 +462,15 @@ def test_hand_made_lists_are_refused(form, change, message):
 
 def test_lists_of_another_length_are_refused():
     packed = forms(clustered(700, 21), "cosine")["pruned"]
-    for count in (2, 7, 9, 15):
-        with pytest.raises(RuntimeError, match=f"1, 8 or 17 tensors, got {count}"):
+    for count in (2, 8, 11, 16):
+        with pytest.raises(RuntimeError, match=f"1, 7, 12 or 17 tensors, got {count}"):
             knn_bank(torch.randn(3, 21), packed[:count], 1, "cosine", 0)
 
 
 def test_the_bound_of_outlines_holds_and_is_not_idle():
     """Codes and tails of both levels, with the errors of both sides, are never below the true score."""
     rows = torch.nn.functional.normalize(clustered(900, 96))
-    packed = SimpleNamespace(**dict(zip(FORMS, forms(rows, "cosine")["pruned"], strict=True)))
+    packed = SimpleNamespace(**forms_of(forms(rows, "cosine")["pruned"]))
     held, columns = packed.row >= 0, len(packed.row)
     assert packed.basis.shape == (96, 48)
     centered = (rows - packed.center).double()[packed.row[held]]

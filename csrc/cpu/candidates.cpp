@@ -10,6 +10,11 @@ namespace {
 constexpr double UNIT = 0x1p-24;         // largest relative error of one float32 rounding
 constexpr double UNIT_SQUARE = 0x1p-20;  // how far from 1 a squared norm may be
 
+constexpr int SPARE = 30;  // candidates of a query beyond 2 k
+
+// What rounding of a squared distance in float32 adds to a score, or takes from it, at most.
+double slack(double sq_norm, double square) { return 32 * UNIT * (sq_norm + square) + 1e-36; }
+
 struct Neighbor {
     float distance;
     int64_t index;
@@ -26,10 +31,14 @@ float product_error(int64_t d) {
     return error < 0.5 ? static_cast<float>(1.001 * error / (1 - error)) : INFINITY;
 }
 
+double Measure::unit_scale(double sq_norm) {
+    return sq_norm == 0 || std::abs(sq_norm - 1) <= UNIT_SQUARE ? 1 : 1 / std::sqrt(sq_norm);
+}
+
 bool Measure::unit_row(const float* x, float* out) const {
     const double sum = sq_norm(x);
     if (!std::isfinite(sum)) return false;
-    const double scale = sum == 0 ? 0 : std::abs(sum - 1) <= UNIT_SQUARE ? 1 : 1 / std::sqrt(sum);
+    const double scale = unit_scale(sum);
     for (int64_t k = 0; k < d; ++k) out[k] = static_cast<float>(x[k] * scale);
     return true;
 }
@@ -38,8 +47,9 @@ float Measure::distance(const float* x, const float* y) const {
     const double square = tile.lines.sq_distance(x, y, d);
     if (metric == Metric::sqeuclidean) return static_cast<float>(square);
     if (metric == Metric::euclidean) return static_cast<float>(std::sqrt(square));
-    // |x - y|^2 = 2 - 2 cos for unit rows; 1 and 0.5 for one zero row and for two
-    if (square < 1.5 && (sq_norm(x) == 0 || sq_norm(y) == 0)) return 1;
+    // |x - y|^2 = 2 - 2 cos for unit rows; about 1 for one zero row, and 0 for two
+    const bool suspect = square == 0 || std::abs(square - 1) < 1e-4;
+    if (suspect && (sq_norm(x) == 0 || sq_norm(y) == 0)) return 1;
     return std::min(static_cast<float>(square / 2), 2.0f);
 }
 
@@ -68,7 +78,7 @@ const float* Bank::get(const Measure& measure, int64_t i, float* buffer) const {
 
 Candidates::Candidates(int64_t count, int k, bool eager)
     : k_(k),
-      room_(2 * k + 62),
+      room_(2 * k + SPARE),
       eager_(eager),
       queries_(allocate<Query>(count)),
       candidates_(allocate<Candidate>(count * room_)),
@@ -91,22 +101,46 @@ void Candidates::offer(int64_t q, float score, float error, int64_t index, const
     const Query& query = queries_[q];
     if (query.settled || score < threshold_[q]) return;
     if (eager_ && score - error > limit(q)) return decide(q, index, measure, bank, buffer);
-    keep(q, {score + query.error, score - 2 * error - query.error, index}, measure, bank, buffer);
+    keep(q, {score + query.error, score - 2 * error - query.error}, NAN, index, measure, bank, buffer);
 }
 
 void Candidates::decide(int64_t q, int64_t index, const Measure& measure, const Bank& bank, float* buffer) {
     if (queries_[q].settled) return;
     const float distance = measure.distance(queries_[q].x, bank.get(measure, index, buffer));
-    keep(q, decided(q, distance, index, measure.metric), measure, bank, buffer);
+    keep(q, decided(q, distance, measure.metric), distance, index, measure, bank, buffer);
 }
 
-void Candidates::keep(int64_t q, Candidate candidate, const Measure& measure, const Bank& bank,
-                      float* buffer) {
+int Candidates::decide(int64_t q, const int64_t* index, int count, const Measure& measure, const Bank& bank,
+                       float* buffer) {
+    bool wanted[ROUGH] = {true, true, true, true};
+    if (count > 1) {
+        const float* rows[ROUGH];
+        float square[ROUGH];
+        for (int i = 0; i < ROUGH; ++i) rows[i] = bank.get(measure, index[std::min(i, count - 1)], buffer);
+        measure.tile.lines.rough_sq_distances(queries_[q].x, rows, measure.d, square);
+        const double own = queries_[q].sq_norm, shrink = 1 - 2.0 * product_error(measure.d);
+        for (int i = 0; i < count; ++i) {  // underflow makes it smaller, and rules out less
+            const double least = shrink * square[i];
+            const bool beyond = (own - least) / 2 + slack(own, least) < limit(q);
+            wanted[i] = !(square[i] < 1e30f && beyond);
+        }
+    }
+    int left = 0;
+    for (int i = 0; i < count; ++i) {
+        if (!wanted[i]) continue;
+        decide(q, index[i], measure, bank, buffer);
+        ++left;
+    }
+    return left;
+}
+
+void Candidates::keep(int64_t q, Bounds score, float distance, int64_t index, const Measure& measure,
+                      const Bank& bank, float* buffer) {
     Query& query = queries_[q];
-    if (std::isnan(candidate.upper)) candidate.upper = INFINITY;
-    if (std::isnan(candidate.lower)) candidate.lower = -INFINITY;
-    candidates_[q * room_ + query.found++] = candidate;
-    raise(q, candidate.lower);
+    if (std::isnan(score.upper)) score.upper = INFINITY;
+    if (std::isnan(score.lower)) score.lower = -INFINITY;
+    candidates_[q * room_ + query.found++] = {score.upper, distance, index};
+    raise(q, score.lower);
     if (query.found < room_) return;
     keep_possible(q);
     if (query.found > room_ / 2) resolve(q, measure, bank, buffer, nullptr);
@@ -129,12 +163,12 @@ void Candidates::raise(int64_t q, float lower) {
     if (limit > threshold_[q]) threshold_[q] = limit;
 }
 
-Candidates::Candidate Candidates::decided(int64_t q, float distance, int64_t index, Metric metric) const {
+Candidates::Bounds Candidates::decided(int64_t q, float distance, Metric metric) const {
     const double d = distance, own = queries_[q].sq_norm;
     const double square = metric == Metric::cosine ? 2 * d : metric == Metric::euclidean ? d * d : d;
-    const double score = (own - square) / 2, slack = 32 * UNIT * (own + square) + 1e-36;
-    if (!(std::abs(score) + slack < 1e38)) return {INFINITY, -INFINITY, index};
-    return {static_cast<float>(score + slack), static_cast<float>(score - slack), index};
+    const double score = (own - square) / 2, off = slack(own, square);
+    if (!(std::abs(score) + off < 1e38)) return {INFINITY, -INFINITY};
+    return {static_cast<float>(score + off), static_cast<float>(score - off)};
 }
 
 void Candidates::keep_possible(int64_t q) {
@@ -149,20 +183,23 @@ void Candidates::resolve(int64_t q, const Measure& measure, const Bank& bank, fl
                          float* distance) {
     Query& query = queries_[q];
     Candidate* const candidates = candidates_.get() + q * room_;
-    Neighbor near[2 * MAX_K + 62];
+    Neighbor near[2 * MAX_K + SPARE];
     for (int i = 0; i < query.found; ++i) {
         const int64_t index = candidates[i].index;
-        near[i] = {measure.distance(query.x, bank.get(measure, index, buffer)), index};
+        const float known = candidates[i].distance;
+        near[i] = {std::isnan(known) ? measure.distance(query.x, bank.get(measure, index, buffer)) : known,
+                   index};
     }
     std::sort(near, near + query.found);
     query.found = k_;
-    for (int i = 0; i < k_; ++i) {
-        candidates[i] = decided(q, near[i].distance, near[i].index, measure.metric);
-        if (distance != nullptr) distance[i] = near[i].distance;
-    }
     float* const best = best_.get() + q * k_;
     std::fill(best, best + k_, -INFINITY);
-    for (int i = 0; i < k_; ++i) raise(q, candidates[i].lower);
+    for (int i = 0; i < k_; ++i) {
+        const Bounds score = decided(q, near[i].distance, measure.metric);
+        candidates[i] = {score.upper, near[i].distance, near[i].index};
+        if (distance != nullptr) distance[i] = near[i].distance;
+        raise(q, score.lower);
+    }
 }
 
 }  // namespace dinofast

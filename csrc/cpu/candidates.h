@@ -27,8 +27,11 @@ struct Measure {
     // Squared norm in float64.
     double sq_norm(const float* x) const { return tile.lines.sq_distance(x, origin, d); }
 
-    // Scale x to unit norm into out; a zero row stays zero, and so does a row that float32 rounding may have
-    // left so: scaling twice is scaling once. False when x holds NaN or inf.
+    // The factor that gives a row of this squared norm unit norm: 1 for a zero row, and for a row that
+    // float32 rounding may have left so, since scaling twice is scaling once.
+    static double unit_scale(double sq_norm);
+
+    // Scale x to unit norm into out. False when x holds NaN or inf.
     bool unit_row(const float* x, float* out) const;
 
     // In [0, 2] for cosine; a zero row is at distance 1 from everything.
@@ -75,14 +78,23 @@ class Candidates {
     // A row to be compared at once.
     void decide(int64_t q, int64_t index, const Measure& measure, const Bank& bank, float* buffer);
 
+    // At most ROUGH rows of a prepared float32 bank to be compared at once: roughly first. Returns how many
+    // that left.
+    static constexpr int ROUGH = 4;
+    int decide(int64_t q, const int64_t* index, int count, const Measure& measure, const Bank& bank,
+               float* buffer);
+
     // Decide: distance (k,) ascending, index (k,); equal distances in ascending order of index.
     void finish(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance,
                 int64_t* index);
 
   private:
     struct Candidate {
-        float upper, lower;
+        float upper, distance;  // NaN: not decided
         int64_t index;
+    };
+    struct Bounds {
+        float upper, lower;
     };
     struct Query {
         const float* x;
@@ -92,11 +104,12 @@ class Candidates {
         bool settled;
     };
 
-    void keep(int64_t q, Candidate candidate, const Measure& measure, const Bank& bank, float* buffer);
+    void keep(int64_t q, Bounds score, float distance, int64_t index, const Measure& measure,
+              const Bank& bank, float* buffer);
     void keep_possible(int64_t q);
     void raise(int64_t q, float lower);
     void resolve(int64_t q, const Measure& measure, const Bank& bank, float* buffer, float* distance);
-    Candidate decided(int64_t q, float distance, int64_t index, Metric metric) const;
+    Bounds decided(int64_t q, float distance, Metric metric) const;
 
     int k_, room_;
     bool eager_;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "packed_bank.h"
 
@@ -26,15 +27,15 @@ class GroupBounds {
     int64_t scratch() const { return round_up(d_, 16) + measure_.tile.rows * (padded_depth(d_) + width_); }
 
     // For the queries of float32 tile t: the best score in each group, coordinates, the nearest centroid.
-    // Prepared rows (count, D) and their squared norms from the center.
-    void find(int64_t t, int64_t count, const float* prepared, const double* sq_norm, int64_t* nearest,
+    // Prepared rows and their squared norms from the center.
+    void find(int64_t t, int64_t count, const float* const* prepared, const double* sq_norm, int64_t* nearest,
               float* buffer) {
         const Tile& tile = measure_.tile;
         const int64_t groups = bank_.groups, first = t * tile.rows, last = std::min(first + tile.rows, count);
         float *const packed = buffer + round_up(d_, 16), *const found = packed + tile.rows * padded_depth(d_);
         std::fill(packed, found, 0.0f);
         for (int64_t q = first; q < last; ++q) {
-            subtract(prepared + q * d_, bank_.center, d_, buffer);
+            subtract(prepared[q], bank_.center, d_, buffer);
             float* const out = packed + (q - first) * DEPTH;
             for (int64_t k = 0; k < d_; k += DEPTH) {
                 std::copy(buffer + k, buffer + std::min(k + DEPTH, d_), out + k * tile.rows);
@@ -61,6 +62,16 @@ class GroupBounds {
     void best(int64_t q, int64_t stride, float* out) const {
         const float* best = best_.get() + q * bank_.groups;
         for (int64_t g = 0; g < bank_.groups; ++g) out[g * stride] = best[g];
+    }
+
+    // The score that the best `probes` groups of query q may reach; -infinity for 0, or for all of them. The
+    // buffer holds G floats.
+    float best_of(int64_t q, int64_t probes, float* buffer) const {
+        const int64_t groups = bank_.groups;
+        if (probes == 0 || probes >= groups) return -INFINITY;
+        std::copy_n(best_.get() + q * groups, groups, buffer);
+        std::nth_element(buffer, buffer + probes - 1, buffer + groups, std::greater<>());
+        return buffer[probes - 1];
     }
 
   private:

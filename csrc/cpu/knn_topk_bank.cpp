@@ -6,9 +6,9 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <numeric>
 #include <optional>
 
+#include "bank_queries.h"
 #include "group_bounds.h"
 #include "memory.h"
 #include "query_outlines.h"
@@ -24,9 +24,10 @@ constexpr int64_t CHUNK_OF_QUERIES = 1024;
 constexpr int64_t TILES_OF_CHUNK = (CHUNK_OF_QUERIES + ROWS - 1) / ROWS;
 constexpr int64_t BLOCK = 6 * ROWS;  // queries that look into groups together
 constexpr float MOST = std::numeric_limits<float>::max();
-constexpr int64_t DENSE = 16;  // pairs of a panel and a tile from which scanning is faster than deciding each
+constexpr int64_t DENSE = 16;           // pairs of a panel and a tile from which codes of all pay
+constexpr int64_t FIRST = 2 * COLUMNS;  // columns of a full scan's first look, which all pass
 
-// Columns compared by outlines, by codes, and those that outlines left over.
+// Columns compared by outlines, by codes or roughly, and those compared exactly.
 using Compared = std::array<int64_t, 3>;
 
 class BankSearch {
@@ -41,30 +42,27 @@ class BankSearch {
           k_(k),
           threads_(threads),
           gamma_(product_error(measure.d)),
-          codes_(int8, TILES_OF_CHUNK, measure.d),
           own_(4 * (d_ + 16) + (BLOCK + 2) * bank.groups) {
-        if (bank.groups > 0) drawn_.emplace(int8, TILES_OF_CHUNK, bank);
-        orders_ = allocate<int64_t>(bank.groups * threads);
-        own_codes_ = round_up(codes_.codes_of_tile() + (drawn_ ? drawn_->codes_of_tile() : 0), 16);
-        gathered_ = allocate<int32_t>(own_codes_ * threads);
-        std::fill_n(gathered_.get(), own_codes_ * threads, 0);
         own_hits_ = ROWS * (group_ + COLUMNS);
         hits_ = allocate<Hit>(own_hits_ * threads);
+        if (bank.codes != nullptr) codes_.emplace(int8, TILES_OF_CHUNK, d_);
+        if (bank.groups == 0) return;
+        drawn_.emplace(int8, TILES_OF_CHUNK, bank);
+        orders_ = allocate<int64_t>(bank.groups * threads);
+        own_codes_ = round_up(drawn_->codes_of_tile() + (codes_ ? codes_->codes_of_tile() : 0), 16);
+        gathered_ = allocate<int32_t>(own_codes_ * threads);
+        std::fill_n(gathered_.get(), own_codes_ * threads, 0);
     }
 
     void search(const Rows& queries, float* distance, int64_t* index, int64_t* visited) {
         const int64_t chunk = std::min(queries.count, CHUNK_OF_QUERIES);
-        prepared_ = allocate<float>(chunk * d_);
+        queries_.emplace(measure_, bank_.center, chunk);
         if (bank_.groups > 0) {
             bounds_.emplace(measure_, bank_, chunk);
             own_ = std::max(own_, bounds_->scratch());
         }
         own_ = round_up(own_, 16);
         scratch_ = allocate<float>(own_ * threads_);
-        nearest_ = allocate<int64_t>(chunk);
-        order_ = allocate<int64_t>(chunk);
-        sq_norm_ = allocate<double>(chunk);
-        whole_ = allocate<bool>(chunk);
         Candidates candidates(chunk, k_, true);
         for (int64_t start = 0; start < queries.count; start += chunk) {
             search_chunk(queries, start, std::min(chunk, queries.count - start), candidates, distance, index,
@@ -81,20 +79,17 @@ class BankSearch {
         {
             float* const mine = scratch_.get() + own_ * thread_number();
             Hit* const hits = hits_.get() + own_hits_ * thread_number();
-            for (int64_t q; (q = next_query.fetch_add(1)) < count;) prepare(queries, start, q, mine);
+            for (int64_t q; (q = next_query.fetch_add(1)) < count;) queries_->prepare(queries, start + q, q);
 #pragma omp barrier
             if (bank_.groups > 0) {
                 for (int64_t t; (t = next_search.fetch_add(1)) * measure_.tile.rows < count;) {
-                    bounds_->find(t, count, prepared_.get(), sq_norm_.get(), nearest_.get(), mine);
+                    bounds_->find(t, count, queries_->rows(), queries_->sq_norms(), queries_->nearest(),
+                                  mine);
                 }
             }
 #pragma omp barrier
 #pragma omp single
-            {
-                std::iota(order_.get(), order_.get() + count, int64_t{0});
-                std::stable_sort(order_.get(), order_.get() + count,
-                                 [this](int64_t a, int64_t b) { return nearest_[a] < nearest_[b]; });
-            }
+            queries_->sort(count);
             for (int64_t t; (t = next_pack.fetch_add(1)) < tiles;) pack(t, count, candidates, mine);
 #pragma omp barrier
             const int64_t step =
@@ -107,77 +102,51 @@ class BankSearch {
                     scan_all(begin, end, count, candidates, hits, mine, visited + 3 * start);
                 }
                 for (int64_t i = begin; i < end; ++i) {
-                    const int64_t out = start + order_[i];
+                    const int64_t out = start + queries_->at(i);
                     finish(i, candidates, mine, distance + out * k_, index + out * k_);
                 }
             }
         }
     }
 
-    // Row q of the chunk: prepared, and its norm.
-    void prepare(const Rows& queries, int64_t start, int64_t q, float* buffer) {
-        float* const x = prepared_.get() + q * d_;
-        const float* row = queries.get(start + q, buffer);
-        const bool cosine = measure_.metric == Metric::cosine;
-        whole_[q] = std::isfinite(measure_.sq_norm(row));
-        nearest_[q] = 0;
-        sq_norm_[q] = 0;
-        if (!whole_[q]) {
-            std::fill(x, x + d_, 0.0f);
-            return;
-        }
-        if (cosine) {
-            measure_.unit_row(row, x);
-        } else {
-            std::copy(row, row + d_, x);
-        }
-        sq_norm_[q] = measure_.tile.lines.sq_distance(x, bank_.center, d_);
-    }
-
     // Quantize the queries of tile t, by order, and start their candidates.
     void pack(int64_t t, int64_t count, Candidates& candidates, float* buffer) {
-        codes_.clear(t);
         if (drawn_) drawn_->clear(t);
+        if (codes_) codes_->clear(t);
         for (int64_t i = t * ROWS; i < std::min((t + 1) * ROWS, count); ++i) {
-            const int64_t q = order_[i];
-            const float* x = prepared_.get() + q * d_;
-            codes_.fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
-            candidates.start(i, x, sq_norm_[q], codes_.error(i));
-            const bool zero = measure_.metric == Metric::cosine && measure_.sq_norm(x) == 0;
-            if (!whole_[q] || zero) candidates.settle(i);
-            if (drawn_) drawn_->fill(i, bounds_->drawn(q), sq_norm_[q], measure_.origin, buffer);
+            const int64_t q = queries_->at(i);
+            const float* x = queries_->rows()[q];
+            const double sq_norm = queries_->sq_norms()[q];
+            if (drawn_) drawn_->fill(i, bounds_->drawn(q), sq_norm, measure_.origin, buffer);
+            if (codes_) codes_->fill(i, x, bank_.center, *bank_.weight, gamma_, buffer);
+            candidates.start(i, x, sq_norm, codes_ ? codes_->error(i) : 0);
+            if (queries_->kind(q) != BankQueries::Kind::usual) candidates.settle(i);
         }
     }
 
-    // All columns against the queries from begin, the first of a tile, to end.
+    // All columns against the queries from begin, the first of a tile, to end: a few first, since without a
+    // limit all pass.
     void scan_all(int64_t begin, int64_t end, int64_t count, Candidates& candidates, Hit* hits, float* buffer,
                   int64_t* visited) {
-        for (int64_t c = 0; c < bank_.columns; c += group_) {
+        for (int64_t c = 0, next; c < bank_.columns; c = next) {
+            next = std::min(c == 0 ? FIRST : c + group_, bank_.columns);
             for (int64_t first = begin; first < end; first += ROWS) {
-                int64_t queries[ROWS];
-                std::iota(queries, queries + ROWS, first);
-                const int64_t n = std::min<int64_t>(ROWS, count - first);
-                scan(first / ROWS, queries, n, c, std::min(group_, bank_.columns - c), candidates, hits,
-                     buffer);
+                scan(first, std::min<int64_t>(ROWS, count - first), c, next - c, candidates, hits, buffer);
             }
         }
         for (int64_t i = begin; i < end; ++i) tell(i, {0, bank_.columns, 0}, visited);
     }
 
-    // Columns first .. first + columns against a tile of n queries, a number or a QueryTile. With `wanted`,
-    // one panel, and a bit for every column that a query wants.
-    template <class TileOfQueries>
-    void scan(const TileOfQueries& tile, const int64_t* queries, int64_t n, int64_t first, int64_t columns,
-              Candidates& candidates, Hit* hits, float* buffer, const uint32_t* wanted = nullptr) {
+    // Columns first .. first + columns against the n queries of a tile from `begin` on.
+    void scan(int64_t begin, int64_t n, int64_t first, int64_t columns, Candidates& candidates, Hit* hits,
+              float* buffer) {
         float threshold[ROWS];
-        for (int64_t r = 0; r < ROWS; ++r) threshold[r] = r < n ? candidates.threshold(queries[r]) : INFINITY;
-        const int64_t found =
-            codes_.sieve(tile, bank_.codes, bank_.scale, bank_.bias, first, columns, threshold, hits);
+        for (int64_t r = 0; r < ROWS; ++r) threshold[r] = r < n ? candidates.threshold(begin + r) : INFINITY;
+        const int64_t found = codes_->sieve(begin / ROWS, bank_, first, columns, threshold, hits);
         for (int64_t h = 0; h < found; ++h) {
             const int64_t column = first + hits[h].column;
-            if (hits[h].row >= n || bank_.index[column] < 0) continue;
-            if (wanted != nullptr && (wanted[hits[h].row] >> hits[h].column & 1) == 0) continue;
-            candidates.offer(queries[hits[h].row], hits[h].score, bank_.error[column], bank_.index[column],
+            if (hits[h].row >= n || column >= bank_.rows.rows.count) continue;
+            candidates.offer(begin + hits[h].row, hits[h].score, bank_.error[column / COLUMNS], column,
                              measure_, bank_.rows, buffer);
         }
     }
@@ -192,16 +161,17 @@ class BankSearch {
         float enough[BLOCK], bar[BLOCK];
         Compared compared[BLOCK] = {};
         for (int64_t r = 0; r < n; ++r) {
-            const int64_t q = order_[begin + r];
+            const int64_t q = queries_->at(begin + r);
             bounds_->best(q, BLOCK, most + r);
-            enough[r] = probes_ > 0 ? probe_limit(most, r, key) : -INFINITY;
+            enough[r] = bounds_->best_of(q, probes_, key);
             bar[r] = candidates.threshold(begin + r) == INFINITY ? INFINITY : -MOST;
         }
         const auto visit = [&](int64_t g, const int64_t* wanted, int64_t count) {
             const int64_t first = bank_.starts[g], columns = bank_.starts[g + 1] - first;
-            for (int64_t i = 0; i < count; i += ROWS) {
-                sift(begin, wanted + i, std::min<int64_t>(ROWS, count - i), first, columns, candidates, hits,
-                     buffer, compared);
+            if (4 * count >= 3 * n) {
+                sift_tiles(begin, n, wanted, count, first, columns, candidates, hits, buffer, compared);
+            } else {
+                sift_collected(begin, wanted, count, first, columns, candidates, hits, buffer, compared);
             }
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t r = wanted[i];
@@ -212,9 +182,9 @@ class BankSearch {
         };
         int64_t wanted[BLOCK];
         for (int64_t r = 0, next; r < n; r = next) {
-            const int64_t g = nearest_[order_[begin + r]];
+            const int64_t g = nearest(begin + r);
             int64_t count = 0;
-            for (next = r; next < n && nearest_[order_[begin + next]] == g; ++next) {
+            for (next = r; next < n && nearest(begin + next) == g; ++next) {
                 if (bar[next] < INFINITY) wanted[count++] = next;
             }
             visit(g, wanted, count);
@@ -241,96 +211,141 @@ class BankSearch {
         for (int64_t r = 0; r < n; ++r) tell(begin + r, compared[r], visited);
     }
 
-    // The columns of a group against n queries of a block, by outlines first, which leave few pairs: these
-    // are decided, or scanned where they are many.
-    void sift(int64_t begin, const int64_t* block, int64_t n, int64_t first, int64_t columns,
-              Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+    // The columns of a group against those queries of a block that want them: collected, or where these are
+    // most, tile after tile as they are.
+    void sift_collected(int64_t begin, const int64_t* wanted, int64_t count, int64_t first, int64_t columns,
+                        Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
         int32_t* const gathered = gathered_.get() + own_codes_ * thread_number();
-        QueryTile whole{gathered + drawn_->codes_of_tile(), {}, {}};
-        bool ready = false, fresh = false;
-        int64_t queries[ROWS];
-        for (int64_t r = 0; r < n; ++r) {
-            queries[r] = begin + block[r];
-            compared[block[r]][0] += columns;
+        for (int64_t i = 0; i < count; i += ROWS) {
+            int64_t queries[ROWS];
+            const int64_t n = std::min<int64_t>(ROWS, count - i);
+            for (int64_t r = 0; r < ROWS; ++r) queries[r] = r < n ? begin + wanted[i + r] : -1;
+            QueryOutlines::Tile drawn(*drawn_, queries, n, gathered);
+            sift(drawn, queries, begin, first, columns, candidates, hits, buffer, compared);
+        }
+    }
+    void sift_tiles(int64_t begin, int64_t n, const int64_t* wanted, int64_t count, int64_t first,
+                    int64_t columns, Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+        int64_t queries[BLOCK];
+        std::fill_n(queries, BLOCK, int64_t{-1});
+        for (int64_t i = 0; i < count; ++i) queries[wanted[i]] = begin + wanted[i];
+        for (int64_t r = 0; r < n; r += ROWS) {
+            QueryOutlines::Tile drawn(*drawn_, (begin + r) / ROWS);
+            sift(drawn, queries + r, begin, first, columns, candidates, hits, buffer, compared);
+        }
+    }
+
+    // By outlines first, which leave few pairs; a query is -1 where there is none.
+    void sift(QueryOutlines::Tile& drawn, const int64_t* queries, int64_t begin, int64_t first,
+              int64_t columns, Candidates& candidates, Hit* hits, float* buffer, Compared* compared) {
+        bool fresh = false;
+        for (int64_t r = 0; r < ROWS; ++r) {
+            if (queries[r] < 0) continue;
+            compared[queries[r] - begin][0] += columns;
             fresh = fresh || candidates.limit(queries[r]) == -INFINITY;
         }
-        const QueryOutlines::Tile drawn(*drawn_, queries, n, gathered);
-        for (int64_t end = first + columns; first < end; first += group_) {
+        for (int64_t end = first + columns, next; first < end; first = next) {
+            next = std::min(first + group_, end);
             float limits[ROWS];
-            for (int64_t r = 0; r < n; ++r) limits[r] = candidates.limit(queries[r]);
-            int64_t found = drawn.sift(first, std::min(group_, end - first), limits, hits);
-            if (fresh) found = start(queries, n, first, hits, found, candidates, buffer, compared, block);
-            fresh = false;
-            for (int64_t h = 0, next; h < found; h = next) {
-                const int64_t panel = hits[h].column / COLUMNS;
-                for (next = h + 1; next < found && hits[next].column / COLUMNS == panel;) ++next;
-                if (next - h >= DENSE) {
-                    if (!ready) codes_.gather(queries, n, whole);
-                    ready = true;
-                    uint32_t wanted[ROWS] = {};  // not those that are decided already
-                    for (; h < next; ++h) wanted[hits[h].row] |= 1u << hits[h].column % COLUMNS;
-                    scan(whole, queries, n, first + panel * COLUMNS, COLUMNS, candidates,
-                         hits + ROWS * group_, buffer, wanted);
-                    for (int64_t r = 0; r < n; ++r) compared[block[r]][1] += COLUMNS;
-                    continue;
-                }
-                for (; h < next; ++h) {
-                    const int64_t r = hits[h].row, row = bank_.index[first + hits[h].column];
-                    if (h + 1 < found) prefetch(bank_.index[first + hits[h + 1].column]);
-                    if (r >= n || row < 0) continue;
-                    if (hits[h].score + drawn_->error(queries[r]) < candidates.limit(queries[r])) continue;
-                    candidates.decide(queries[r], row, measure_, bank_.rows, buffer);
-                    ++compared[block[r]][2];
-                }
+            for (int64_t r = 0; r < ROWS; ++r) {
+                limits[r] = queries[r] < 0 ? INFINITY : candidates.limit(queries[r]);
             }
+            int64_t found = drawn.sift(queries, first, next - first, limits, hits);
+            if (fresh) found = start(queries, first, hits, found, candidates, buffer, compared, begin);
+            fresh = false;
+            for (int64_t h = 0, last; h < found; h = last) {
+                const int64_t panel = hits[h].column / COLUMNS;
+                for (last = h + 1; last < found && hits[last].column / COLUMNS == panel;) ++last;
+                decide(queries, first + panel * COLUMNS, hits + h, hits + last, candidates, buffer, compared,
+                       begin);
+            }
+        }
+    }
+
+    // Decide those hits in the panel from column `first` on that still matter, some of a query at a time; by
+    // codes first where they are many.
+    void decide(const int64_t* queries, int64_t first, const Hit* hit, const Hit* end, Candidates& candidates,
+                float* buffer, Compared* compared, int64_t begin) {
+        if (codes_ && end - hit >= DENSE) {
+            return scan(queries, first, hit, end, candidates, buffer, compared, begin);
+        }
+        while (hit < end) {
+            const int32_t row = hit->row;
+            int64_t index[Candidates::ROUGH];
+            int count = 0;
+            for (; hit < end && hit->row == row && count < Candidates::ROUGH; ++hit) {
+                const int64_t i = bank_.index[first + hit->column % COLUMNS];
+                if (i < 0 || !matters(queries, *hit, candidates)) continue;
+                index[count++] = i;
+                bank_.prefetch(i);
+            }
+            if (count == 0) continue;
+            Compared& of_query = compared[queries[row] - begin];
+            of_query[1] += count;
+            of_query[2] += candidates.decide(queries[row], index, count, measure_, bank_.rows, buffer);
+        }
+    }
+
+    // Whether a hit of outlines may still be among the nearest.
+    bool matters(const int64_t* queries, const Hit& hit, const Candidates& candidates) const {
+        const int64_t q = queries[hit.row];
+        return q >= 0 && !(hit.score + drawn_->error(q) < candidates.limit(q));
+    }
+
+    // Offer those hits in a panel that still matter, by their codes.
+    void scan(const int64_t* queries, int64_t first, const Hit* hit, const Hit* end, Candidates& candidates,
+              float* buffer, Compared* compared, int64_t begin) {
+        uint32_t wanted[ROWS] = {};
+        for (; hit < end; ++hit) {
+            const int64_t column = hit->column % COLUMNS;
+            if (bank_.index[first + column] < 0 || !matters(queries, *hit, candidates)) continue;
+            wanted[hit->row] |= 1u << column;
+        }
+        int32_t* const memory = gathered_.get() + own_codes_ * thread_number() + drawn_->codes_of_tile();
+        Hit hits[ROWS * COLUMNS];
+        QueryTile tile{memory, {}, {}};
+        float threshold[ROWS];
+        codes_->gather(queries, ROWS, tile);
+        for (int r = 0; r < ROWS; ++r) {
+            threshold[r] = wanted[r] == 0 ? INFINITY : candidates.threshold(queries[r]);
+            if (queries[r] >= 0) compared[queries[r] - begin][1] += COLUMNS;
+        }
+        const int64_t found = codes_->sieve(tile, bank_, first, COLUMNS, threshold, hits);
+        for (const Hit* hit = hits; hit < hits + found; ++hit) {
+            if ((wanted[hit->row] >> hit->column & 1) == 0) continue;
+            candidates.offer(queries[hit->row], hit->score, bank_.error[first / COLUMNS],
+                             bank_.index[first + hit->column], measure_, bank_.rows, buffer);
         }
     }
 
     // Decide the k columns that look nearest to each query, so that a limit is known; return how many of the
     // other hits, which stay in order, may still matter.
-    int64_t start(const int64_t* queries, int64_t n, int64_t first, Hit* hits, int64_t found,
-                  Candidates& candidates, float* buffer, Compared* compared, const int64_t* block) {
+    int64_t start(const int64_t* queries, int64_t first, Hit* hits, int64_t found, Candidates& candidates,
+                  float* buffer, Compared* compared, int64_t begin) {
         float best[ROWS][Candidates::MAX_K];
-        for (int64_t r = 0; r < n; ++r) std::fill_n(best[r], k_, -INFINITY);
+        for (int64_t r = 0; r < ROWS; ++r) std::fill_n(best[r], k_, -INFINITY);
         for (int64_t h = 0; h < found; ++h) {
-            if (hits[h].row >= n) continue;
             float* const top = best[hits[h].row];
             if (!(hits[h].score > top[0])) continue;
             std::pop_heap(top, top + k_, std::greater<>());
             top[k_ - 1] = hits[h].score;
             std::push_heap(top, top + k_, std::greater<>());
         }
-        const auto seed = [&](const Hit& hit) { return hit.row < n && hit.score >= best[hit.row][0]; };
+        const auto seed = [&](const Hit& hit) { return hit.score >= best[hit.row][0]; };
         for (int64_t h = 0; h < found; ++h) {
-            const int64_t row = bank_.index[first + hits[h].column];
-            if (!seed(hits[h]) || row < 0) continue;
-            candidates.decide(queries[hits[h].row], row, measure_, bank_.rows, buffer);
-            ++compared[block[hits[h].row]][2];
+            const int64_t row = bank_.index[first + hits[h].column], q = queries[hits[h].row];
+            if (q < 0 || !seed(hits[h]) || row < 0) continue;
+            candidates.decide(q, row, measure_, bank_.rows, buffer);
+            ++compared[q - begin][2];
         }
-        const auto idle = [&](const Hit& hit) {
-            return hit.row >= n || seed(hit) ||
-                   hit.score + drawn_->error(queries[hit.row]) < candidates.limit(queries[hit.row]);
-        };
+        const auto idle = [&](const Hit& hit) { return seed(hit) || !matters(queries, hit, candidates); };
         return std::remove_if(hits, hits + found, idle) - hits;
     }
 
-    void prefetch(int64_t row) const {
-        const float* const rows = static_cast<const float*>(bank_.rows.rows.data);
-        const float* const data = rows + std::max<int64_t>(row, 0) * d_;
-        for (int64_t k = 0; k < d_; k += 16) __builtin_prefetch(data + k);
-    }
+    int64_t nearest(int64_t i) { return queries_->nearest()[queries_->at(i)]; }
 
     void tell(int64_t i, const Compared& compared, int64_t* visited) const {
-        std::copy(compared.begin(), compared.end(), visited + 3 * order_[i]);
-    }
-
-    // The score that the best `probes` groups of row r may reach.
-    float probe_limit(const float* most, int64_t r, float* sorted) const {
-        const int64_t groups = bank_.groups;
-        if (probes_ >= groups) return -INFINITY;
-        for (int64_t g = 0; g < groups; ++g) sorted[g] = most[g * BLOCK + r];
-        std::nth_element(sorted, sorted + probes_ - 1, sorted + groups, std::greater<>());
-        return sorted[probes_ - 1];
+        std::copy(compared.begin(), compared.end(), visited + 3 * queries_->at(i));
     }
 
     void finish(int64_t i, Candidates& candidates, float* buffer, float* distance, int64_t* index) {
@@ -338,8 +353,9 @@ class BankSearch {
             candidates.finish(i, measure_, bank_.rows, buffer, distance, index);
             return;
         }
+        const bool broken = queries_->kind(queries_->at(i)) == BankQueries::Kind::broken;
         for (int j = 0; j < k_; ++j) {
-            distance[j] = whole_[order_[i]] ? 1 : NAN;  // a zero row has cosine 0 to everything
+            distance[j] = broken ? NAN : 1;  // a zero row has cosine 0 to everything
             index[j] = j;
         }
     }
@@ -349,15 +365,14 @@ class BankSearch {
     const int64_t d_, probes_, group_;
     const int k_, threads_;
     const float gamma_;
-    QueryCodes codes_;
-    std::optional<QueryOutlines> drawn_;
-    int64_t own_, own_codes_, own_hits_;
+    std::optional<QueryCodes> codes_;
+    std::optional<QueryOutlines> drawn_;  // where rows are grouped
+    int64_t own_, own_codes_ = 0, own_hits_;
     std::optional<GroupBounds> bounds_;
-    Array<float> scratch_, prepared_;
-    Array<int64_t> nearest_, order_, orders_;
+    std::optional<BankQueries> queries_;
+    Array<float> scratch_;
+    Array<int64_t> orders_;
     Array<int32_t> gathered_;
-    Array<double> sq_norm_;
-    Array<bool> whole_;
     Array<Hit> hits_;
 };
 

@@ -102,17 +102,18 @@ class Codes {
         norm_[column] = found.norm;
     }
 
-    // Put the errors into the biases, and into `error` (P,) if it is one.
+    // Put the errors into the biases, and the largest of each panel into `error` if it is one.
     void finish(float gamma, float* error) {
         const double rests = std::accumulate(rest_.get(), rest_.get() + columns_, 0.0);
         const double norms = std::accumulate(norm_.get(), norm_.get() + columns_, 0.0);
         const double weight = rests / norms;
         *weight_ = weight > 1e-4 && weight < 1 ? static_cast<float>(weight) : weight < 1 ? 1e-4f : 0.01f;
+        if (error != nullptr) std::fill_n(error, columns_ / COLUMNS, 0.0f);
         for (int64_t c = 0; c < columns_; ++c) {
             const bool huge = !(bias_[c] < INFINITY);
             const float off = huge ? INFINITY : quantization_error(norm_[c], rest_[c], *weight_, gamma);
             bias_[c] += off;
-            if (error != nullptr) error[c] = off;
+            if (error != nullptr) error[c / COLUMNS] = std::max(error[c / COLUMNS], off);
         }
     }
 
@@ -186,9 +187,10 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
     const int64_t depth = outlined ? bank.outline.depth : 0, own = round_up(2 * d + depth + 16, 16);
     const Array<float> scratch = allocate<float>(own * threads), origin = allocate<float>(d);
     std::fill(origin.get(), origin.get() + d, 0.0f);
-    Codes whole(bank.columns, d, bank.codes, bank.scale, bank.bias, bank.weight);
+    std::optional<Codes> whole;
     std::optional<Outlines> outlines;
     if (outlined) outlines.emplace(tile, bank);
+    if (bank.codes != nullptr) whole.emplace(bank.columns, d, bank.codes, bank.scale, bank.bias, bank.weight);
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -196,10 +198,10 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
         float* const drawn = row + d;
         int8_t* const codes = reinterpret_cast<int8_t*>(drawn + depth);
         for (int64_t p; (p = next.fetch_add(1)) < panels;) {
-            whole.clear(p);
-            if (outlined) outlines->clear(p);
+            if (outlines) outlines->clear(p);
+            if (whole) whole->clear(p);
             for (int64_t column = p * COLUMNS; column < (p + 1) * COLUMNS; ++column) {
-                const int64_t i = bank.index[column];
+                const int64_t i = bank.row(column);
                 if (i < 0) continue;
                 const float* y = bank.rows.rows.get(i, row);
                 const bool zero = metric == Metric::cosine && tile.lines.sq_distance(y, origin.get(), d) == 0;
@@ -207,13 +209,13 @@ void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int 
                 const double square = tile.lines.sq_distance(row, origin.get(), d);
                 const double bias = -square / 2 - (zero ? 0.5 : 0);
                 const bool usable = square < HUGE_SQUARE;
-                whole.fill(column, row, bias, usable, codes);
-                if (outlined) outlines->fill(column, row, square, bias, usable, drawn, codes);
+                if (outlines) outlines->fill(column, row, square, bias, usable, drawn, codes);
+                if (whole) whole->fill(column, row, bias, usable, codes);
             }
         }
     }
-    whole.finish(product_error(d), bank.error);
-    if (outlined) outlines->finish();
+    if (outlines) outlines->finish();
+    if (whole) whole->finish(product_error(d), bank.error);
 }
 
 }  // namespace dinofast

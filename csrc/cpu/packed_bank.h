@@ -50,24 +50,36 @@ struct Outline {
     float rest(int64_t d, double sq_norm, double inside) const;
 };
 
-// A bank prepared once: float32 rows that decide, and int8 codes of rows - center that propose.
+// A bank prepared once: float32 rows that decide, and int8 codes of rows - center that propose: of whole
+// rows, where they are grouped of their outlines, or both.
 struct PackedBank {
     Bank rows;            // prepared
     const float* center;  // (D,)
-    float* weight;        // (1,): how the quantization error of a product is shared between its two sides
+    int64_t columns;      // P, a multiple of Int8Tile::COLUMNS
 
-    int64_t columns;       // P, a multiple of Int8Tile::COLUMNS
-    uint8_t* codes;        // P * quads * 4 bytes, panel after panel
-    float* scale;          // (P,) of the codes
-    float* bias;           // (P,) what a column adds to a product, at most
-    float* error;          // (P,) half of what it may add too much
-    const int64_t* index;  // (P,) the row behind a column; -1 for none
+    float* weight;   // (1,): how the quantization error of a product is shared between its two sides
+    uint8_t* codes;  // P * quads * 4 bytes, panel after panel; null: only outlines
+    float* scale;    // (P,) of the codes
+    float* bias;     // (P,) what a column adds to a product, at most
+    float* error;    // (P / COLUMNS,) half of what a column of the panel may add too much
 
-    int64_t groups;          // 0: not grouped
+    int64_t groups;          // 0: not grouped, column i is row i
+    const int64_t* index;    // (P,) the row behind a column; -1 for none
     const int64_t* starts;   // (G + 1,) first column of every group, multiples of Int8Tile::COLUMNS
     const float* centroids;  // (G, D)
     const float* radius;     // (G,) no row of the group is farther from its centroid
-    Outline outline;         // of grouped rows
+    Outline outline;
+
+    // The row behind a column, or -1.
+    int64_t row(int64_t column) const {
+        return index != nullptr ? index[column] : column < rows.rows.count ? column : -1;
+    }
+
+    // Bring a row near.
+    void prefetch(int64_t i) const {
+        const char* const row = rows.rows.at(i);
+        for (int64_t k = 0; k < rows.rows.bytes(1); k += 64) __builtin_prefetch(row + k);
+    }
 };
 
 // Codes -127 .. 127 of x (d,), times one scale.
@@ -81,7 +93,7 @@ inline void subtract(const float* x, const float* center, int64_t d, float* out)
     for (int64_t k = 0; k < d; ++k) out[k] = x[k] - center[k];
 }
 
-// Fill codes, scale, bias, error and weight, and those of the outlines where rows are grouped.
+// Fill codes, scale, bias, error and weight, and those of the outlines.
 void quantize_bank(const Tile& tile, const PackedBank& bank, Metric metric, int threads);
 
 }  // namespace dinofast

@@ -9,7 +9,7 @@
 
 namespace dinofast {
 
-// One tile for the sieve, of any queries.
+// Queries collected for the sieve.
 struct QueryTile {
     int32_t* codes;  // QueryCodes::codes_of_tile()
     float scale[Int8Tile::ROWS];
@@ -58,12 +58,13 @@ class QueryCodes {
 
     int64_t codes_of_tile() const { return size_; }
 
-    // Collect n <= ROWS queries; what is left of the tile has scale 0.
+    // Collect n <= ROWS queries, -1 for none; what is left of the tile has scale 0.
     void gather(const int64_t* queries, int64_t n, QueryTile& tile) const {
         std::fill_n(tile.scale, ROWS, 0.0f);
         std::fill_n(tile.sum, ROWS, 0);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t i = queries[r];
+            if (i < 0) continue;
             const int32_t* const from = tiles_.get() + i / ROWS * size_ + i % ROWS * QUADS;
             for (int64_t quad = 0; quad < quads_; quad += QUADS) {
                 std::memcpy(tile.codes + quad * ROWS + r * QUADS, from + quad * ROWS, Int8Tile::RUN);
@@ -73,18 +74,21 @@ class QueryCodes {
         }
     }
 
-    // Int8Tile::sieve over columns `first` to first + columns of a bank's codes, scales and biases: of the
-    // queries of one tile in order, or of those collected.
-    int64_t sieve(int64_t tile, const uint8_t* codes, const float* scale, const float* bias, int64_t first,
-                  int64_t columns, const float* threshold, Hit* hits) const {
-        return int8_.sieve(tiles_.get() + tile * size_, scale_.get() + tile * ROWS, sum_.get() + tile * ROWS,
-                           codes + first * quads_ * 4, columns, quads_, scale + first, bias + first,
-                           threshold, hits);
+    // The codes, scales and sums of a tile's queries in order.
+    const int32_t* codes(int64_t tile) const { return tiles_.get() + tile * size_; }
+    const float* scale(int64_t tile) const { return scale_.get() + tile * ROWS; }
+    const int32_t* sum(int64_t tile) const { return sum_.get() + tile * ROWS; }
+
+    // Int8Tile::sieve of a tile over columns `first` to first + columns of a bank's codes, scales and biases.
+    int64_t sieve(int64_t tile, const PackedBank& bank, int64_t first, int64_t columns,
+                  const float* threshold, Hit* hits) const {
+        return int8_.sieve(codes(tile), scale(tile), sum(tile), bank.codes + first * quads_ * 4, columns,
+                           quads_, bank.scale + first, bank.bias + first, threshold, hits);
     }
-    int64_t sieve(const QueryTile& tile, const uint8_t* codes, const float* scale, const float* bias,
-                  int64_t first, int64_t columns, const float* threshold, Hit* hits) const {
-        return int8_.sieve(tile.codes, tile.scale, tile.sum, codes + first * quads_ * 4, columns, quads_,
-                           scale + first, bias + first, threshold, hits);
+    int64_t sieve(const QueryTile& tile, const PackedBank& bank, int64_t first, int64_t columns,
+                  const float* threshold, Hit* hits) const {
+        return int8_.sieve(tile.codes, tile.scale, tile.sum, bank.codes + first * quads_ * 4, columns, quads_,
+                           bank.scale + first, bank.bias + first, threshold, hits);
     }
 
   private:

@@ -21,7 +21,7 @@ class SearchedModel(Model):
     """Base of models whose state holds the rows `bank` (M, D), which their queries are compared with.
 
     From 4096 rows on, the first search on the CPU prepares a `dinofast.ops.Bank` beside the rows, which later
-    searches use until the rows change. It takes up to M · (D + 140) bytes more, for codes and outlines, what
+    searches use until the rows change. It takes up to M · (D + 60) bytes more: codes, or outlines, what
     pads the groups of rows, and their centroids: `prepared_bytes`. It changes no bit of the results, and is
     neither copied nor saved. Rows that it cannot take are searched as they are, slower, which is logged once.
     Rows that were made under `torch.inference_mode` must not be changed in place: that goes unnoticed.

@@ -35,7 +35,8 @@ class Bank:
     "float32" scans all rows. "lowp" scans int8 codes, keeps every row whose score lies within the proven
     bound on the quantization error, and decides in float32. "pruned" groups the rows by k-means, skips groups
     that the triangle inequality rules out, and compares the rest by outlines first: 32, then up to 96
-    principal coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz. These
+    principal coordinates and the norm of what they leave, which bound a product by Cauchy-Schwarz; where
+    these leave much, by codes, or, if "auto" chose it, in float32: it keeps no codes of grouped rows. These
     three give the same results, bit for bit. "approximate" looks only into the groups nearest to a query and
     may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned"
     where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 %
@@ -290,7 +291,7 @@ class Bank:
         if wanted == "lowp":
             self._use(pack(rows, self.metric, None), "lowp", "", start)
             return
-        packed = pack(rows, self.metric, group(rows, self._seed))
+        packed = pack(rows, self.metric, group(rows, self._seed), codes=wanted != "auto")
         if wanted == "auto":
             self._choose(packed, start)
             return
@@ -314,7 +315,7 @@ class Bank:
         reason = f"groups and outlines rule out too little: {cost:.1%} of the work of codes would be left"
         if providers.has_int8():
             rows = packed[0]
-            packed.clear()  # groups pad their rows: packed without them, codes take less
+            packed.clear()  # before the codes are made
             self._use(pack(rows, self.metric, None), "lowp", reason, start)
         else:
             self._use(packed[:1], "float32", reason, start)

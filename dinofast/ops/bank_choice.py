@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dinofast.ops import providers
-from dinofast.ops.knn_topk_bank import FORMS
+from dinofast.ops.knn_topk_bank import forms_of
 
 WORTHWHILE = {True: 0.8, False: 0.2}
 """Cost relative to comparing all codes below which groups pay: with int8 hardware, without."""
 DECISION = 20  # the cost of comparing two rows in float32 from memory, in comparisons of codes
+ROUGH = 8  # that of comparing them in float32 all through
 PRODUCT = 4  # that of a float32 product
 HELD = 192  # rows that the automatic choice and the recall are measured on
 
@@ -35,12 +36,12 @@ def grouped_search(packed: list[Tensor], metric: str) -> tuple[float, float]:
         The share of rows visited, and the cost relative to comparing all codes.
     """
     visited = knn_bank(held_rows(packed[0]), packed, 2, metric, 0)[2]
-    forms = dict(zip(FORMS, packed, strict=True))
+    forms = forms_of(packed)
     m, d = packed[0].shape
-    outlines, codes, decided = (visited.double().mean(0) / m).tolist()
+    outlines, rough, decided = (visited.double().mean(0) / m).tolist()
     channels, groups = forms["basis"].shape[1], len(forms["radius"])
-    cost = float(outlines * channels / d + codes + DECISION * decided + PRODUCT * groups / m)
-    return visited_share(visited, m), cost
+    cost = outlines * channels / d + ROUGH * rough + DECISION * decided + PRODUCT * groups / m
+    return visited_share(visited, m), float(cost)
 
 
 def worthwhile(cost: float) -> bool:

@@ -1,4 +1,4 @@
-"""The prepared forms of a Bank's rows: groups, outlines and codes, as `knn_topk_bank.FORMS` lists them."""
+"""The prepared forms of a Bank's rows: groups, outlines and codes, as `knn_topk_bank.BOTH` lists them."""
 
 from __future__ import annotations
 
@@ -81,49 +81,69 @@ def _basis(rows: Tensor, center: Tensor) -> tuple[Tensor, float]:
     return basis.contiguous(), float(skew.norm()) * (1 + 1e-6)
 
 
-def pack(rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None) -> list[Tensor]:
-    """Quantize rows, group after group, each padded to whole panels."""
-    width, (m, d) = providers.int8_columns(), rows.shape
-    group = groups[2] if groups else torch.zeros(m, dtype=torch.int64)
-    size = torch.bincount(group, minlength=len(groups[0]) if groups else 1)
+def pack(
+    rows: Tensor, metric: str, groups: tuple[Tensor, Tensor, Tensor] | None, codes: bool = True
+) -> list[Tensor]:
+    """Quantize rows as they come, or group after group, each padded to whole panels: outlines, and codes too.
+
+    Without `codes` grouped rows take a third of the memory, and a search that outlines narrow down badly
+    reads rows instead.
+    """
+    center = rows[:: max(1, len(rows) // 1024)].double().mean(dim=0).float()
+    packed = [rows, torch.where(center.isfinite(), center, 0)]
+    width = providers.int8_columns()
+    columns = (len(rows) + width - 1) // width * width
+    if groups is not None:
+        packed += _grouped(rows, packed[1], groups)
+        columns = len(packed[2])
+    if groups is None or codes:
+        packed += _coded(columns, rows.shape[1])
+    providers.quantize_bank(packed, metric)
+    return packed
+
+
+def _coded(columns: int, d: int) -> list[Tensor]:
+    return [
+        torch.zeros(1),
+        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
+        *(torch.zeros(columns) for _ in ("scale", "bias")),
+        torch.zeros(columns // providers.int8_columns()),
+    ]
+
+
+def _grouped(rows: Tensor, center: Tensor, groups: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    centroids, radius, group = groups
+    width = providers.int8_columns()
+    size = torch.bincount(group, minlength=len(centroids))
     padded = (size + width - 1) // width * width
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
     order = group.argsort(stable=True)
     first = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
     columns = int(starts[-1])
     row = torch.full((columns,), -1, dtype=torch.int64)
-    row[starts[group[order]] + torch.arange(m) - first[group[order]]] = order
-    center = rows[:: max(1, m // 1024)].double().mean(dim=0).float()
-    packed = [
-        rows,
-        torch.where(center.isfinite(), center, 0),
-        torch.zeros(1),
-        torch.zeros(columns * 4 * ((d + 3) // 4), dtype=torch.uint8),
-        *(torch.zeros(columns) for _ in ("scale", "bias", "error")),
-        row,
+    row[starts[group[order]] + torch.arange(len(rows)) - first[group[order]]] = order
+    basis, skew = _basis(rows, center)
+    return [
+        *(row, starts, centroids, radius, basis),
+        torch.tensor([0, 0, skew]),
+        torch.zeros(columns * 4 * outline_quads(basis.shape[1]), dtype=torch.uint8),
+        *(torch.zeros(2, columns) for _ in ("outline_scale", "outline_tail", "outline_bias")),
     ]
-    if groups:
-        basis, skew = _basis(rows, packed[1])
-        packed += [
-            *(starts, *groups[:2], basis),
-            torch.tensor([0, 0, skew]),
-            torch.zeros(columns * 4 * outline_quads(basis.shape[1]), dtype=torch.uint8),
-            *(torch.zeros(2, columns) for _ in ("outline_scale", "outline_tail", "outline_bias")),
-        ]
-    providers.quantize_bank(packed, metric)
-    return packed
 
 
-def form_bytes(m: int, d: int, grouped: bool) -> int:
-    """Tell the bytes that the forms of M rows take beside the rows.
+def form_bytes(m: int, d: int, grouped: bool, codes: bool) -> int:
+    """Tell the bytes that the forms of M rows take beside the rows, see `pack`.
 
     The last panel of a group is taken to be half full: grouped, that is within a tenth. Rows that are not
     grouped have neither outlines nor such padding, and are told exactly.
     """
-    width, column = providers.int8_columns(), 4 * ((d + 3) // 4) + 20  # codes, 3 numbers and a row number
-    if not grouped:
-        return (m + width - 1) // width * width * column + 4 * (d + 1)
-    groups, depth = group_count(m), _depth(d)
-    columns = m + groups * (width - 1) // 2
-    column += 4 * outline_quads(depth) + 24
-    return columns * column + 4 * (groups * (d + 1) + d * (1 + depth) + 4) + 8 * (groups + 1)
+    width, bytes = providers.int8_columns(), 4 * (d + 1)  # the center, and a weight
+    columns = (m + width - 1) // width * width
+    if grouped:
+        groups, depth = group_count(m), _depth(d)
+        columns = m + groups * (width - 1) // 2
+        bytes += columns * (4 * outline_quads(depth) + 32)  # codes, 6 numbers and a row number
+        bytes += 4 * (groups * (d + 1) + d * depth + 3) + 8 * (groups + 1)
+    if codes or not grouped:
+        bytes += columns * (4 * ((d + 3) // 4) + 8) + 4 * (columns // width)
+    return bytes

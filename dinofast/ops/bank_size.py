@@ -57,9 +57,9 @@ def bank_bytes(
     if device == "cpu":
         held = 4 * m * d
         if strategy == "lowp" or (strategy == "auto" and not grouped and m >= FEW):
-            held += form_bytes(m, d, False) if not providers.no_codes(d) and providers.has_int8() else 0
+            held += form_bytes(m, d, False, True) if not providers.no_codes(d) and providers.has_int8() else 0
         elif strategy != "float32" and (strategy != "auto" or m >= FEW):
-            held += 0 if providers.no_codes(d) else form_bytes(m, d, True)
+            held += 0 if providers.no_codes(d) else form_bytes(m, d, True, strategy != "auto")
         return {"cpu": held}
     kept = dtype if dtype == torch.bfloat16 and strategy != "float32" else torch.float32
     here = torch.device("meta")
@@ -101,7 +101,7 @@ def _cost(rows: Tensor, most: int, metric: str, seed: int) -> float:
     sample = rows[:: max(1, len(rows) // most)][:most] if len(rows) > most else rows
     sample = sample.contiguous()
     check_finite(sample)
-    return grouped_search(pack(sample, metric, group(sample, seed)), metric)[1]
+    return grouped_search(pack(sample, metric, group(sample, seed), codes=False), metric)[1]
 
 
 def building_bytes(m: int, d: int) -> int:
@@ -116,4 +116,4 @@ def building_bytes(m: int, d: int) -> int:
     means = 4 * min(m, 32 * count) * d + knn_workspace("cpu", rows, count, 1) + 12 * m + 12 * count * d
     sample = 8 * min(m, SAMPLE) * d
     coordinates = sample + max(sample, 48 * min(m, SAMPLE, d) ** 2)
-    return max(means, coordinates + 16 * m, form_bytes(m, d, True) + 16 * m)
+    return max(means, coordinates + 16 * m, form_bytes(m, d, True, False) + 16 * m)

@@ -17,23 +17,30 @@ STRATEGIES = ("float32", "lowp", "pruned")
 """Those that give the same results."""
 
 
-FORMS = (
-    *("rows", "center", "weight", "codes", "scale", "bias", "error", "row"),
-    *("starts", "centroids", "radius"),
+CODED = ("rows", "center", "weight", "codes", "scale", "bias", "error")
+GROUPED = (
+    *("rows", "center", "row", "starts", "centroids", "radius"),
     *("basis", "outline_weight", "outline_codes", "outline_scale", "outline_tail", "outline_bias"),
 )
-"""The tensors behind a Bank, on the CPU, in the order of the operator's list.
+BOTH = GROUPED + CODED[2:]
+"""The tensors behind a Bank on the CPU, in the order of the operator's list: the rows alone, or one of these.
 
-A column is a bank row in the order of the groups, or padding; P columns in panels of 32. The list is the
-first of these alone, the first eight, or all.
+Columns come in panels of 32, P in all. In a grouped bank a column is a row in the order of the groups, or
+padding; else column i is row i, and those behind the last row are padding.
 
 - rows: (M, D), float32, finite; for cosine of unit norm or zero.
 - center: (D,), float32, subtracted before quantization.
+
+Coded:
+
 - weight: (1,), float32, how the bound on the quantization error is shared by its two sides.
 - codes: (P · 4 · ceil(D / 4),), uint8, panel after panel.
 - scale: (P,), float32, of the codes.
 - bias: (P,), float32, what a column adds to a product, at most.
-- error: (P,), float32, half of what it may add too much.
+- error: (P / 32,), float32, half of what a column of a panel may add too much.
+
+Grouped:
+
 - row: (P,), int64, the row of a column; −1 for padding.
 - starts: (G + 1,), int64, first column of each group.
 - centroids: (G, D), float32.
@@ -46,7 +53,6 @@ first of these alone, the first eight, or all.
 - outline_scale, outline_bias: (2, P), float32: as for the rows, for each level.
 - outline_tail: (2, P), float32: the norm of what the directions of a level leave.
 """
-UNGROUPED = 8
 PANEL = 32
 NEAR = 32  # directions of the first level
 
@@ -57,34 +63,52 @@ def outline_quads(directions: int) -> int:
     return (near + 3) // 4 + (directions - near + 3) // 4
 
 
+def forms_of(packed: list[Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of a list.
+
+    Raises:
+        RuntimeError: its length is that of no kind of bank.
+    """
+    names = {len(names): names for names in (CODED[:1], CODED, GROUPED, BOTH)}.get(len(packed), ())
+    require(
+        len(names) > 0,
+        lambda: (
+            f"knn_topk: a packed bank has 1, {len(CODED)}, {len(GROUPED)} or {len(BOTH)} tensors, "
+            f"got {len(packed)}"
+        ),
+    )
+    return dict(zip(names, packed, strict=True))
+
+
 def _check_packed(packed: list[Tensor]) -> None:
     """Refuse a list whose tensors do not fit together, before native code reads by their sizes."""
-    require(
-        len(packed) in (1, UNGROUPED, len(FORMS)),
-        lambda: f"knn_topk: a packed bank has 1, {UNGROUPED} or {len(FORMS)} tensors, got {len(packed)}",
-    )
-    forms = dict(zip(FORMS, packed, strict=False))
+    forms = forms_of(packed)
     rows = forms["rows"]
     require(rows.dim() == 2, lambda: f"knn_topk: packed rows must be a matrix, got {rows.dim()} dimensions")
     if len(packed) == 1:
         return
-    (m, d), p = rows.shape, forms["row"].numel()
+    (m, d), p = rows.shape, columns_of(forms)
     require(p % PANEL == 0, lambda: f"knn_topk: a packed bank has whole panels of {PANEL}, got {p} columns")
-    shapes: dict[str, tuple[int, ...]] = {
-        "rows": (m, d),
-        "center": (d,),
-        "weight": (1,),
-        "codes": (p * 4 * ((d + 3) // 4),),
-    }
-    shapes |= dict.fromkeys(("scale", "bias", "error", "row"), (p,))
-    if len(packed) > UNGROUPED:
+    shapes: dict[str, tuple[int, ...]] = {"rows": (m, d), "center": (d,)}
+    if "codes" in forms:
+        shapes |= {"weight": (1,), "codes": (p * 4 * ((d + 3) // 4),), "error": (p // PANEL,)}
+        shapes |= dict.fromkeys(("scale", "bias"), (p,))
+    if "row" not in forms:
+        least = (m + PANEL - 1) // PANEL * PANEL
+        require(p == least, lambda: f"knn_topk: a packed bank of {m} rows has {least} columns, got {p}")
+    else:
         g, h = forms["radius"].numel(), forms["basis"].shape[-1] if forms["basis"].dim() else 0
         require(h <= d, lambda: f"knn_topk: packed basis has {h} directions in {d} channels")
-        shapes |= {"starts": (g + 1,), "centroids": (g, d), "radius": (g,), "basis": (d, h)}
+        shapes |= {"row": (p,), "starts": (g + 1,), "centroids": (g, d), "radius": (g,), "basis": (d, h)}
         shapes |= {"outline_weight": (3,), "outline_codes": (p * 4 * outline_quads(h),)}
         shapes |= dict.fromkeys(("outline_scale", "outline_tail", "outline_bias"), (2, p))
     for name, shape in shapes.items():
         _check_form(name, forms[name], shape, rows.device)
+
+
+def columns_of(forms: dict[str, Tensor]) -> int:
+    """Count the columns of a coded or grouped bank."""
+    return forms["row" if "row" in forms else "scale"].numel()
 
 
 def _check_form(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -105,14 +129,14 @@ def check_numbers(packed: list[Tensor]) -> None:
     Raises:
         RuntimeError: naming the form and its range.
     """
-    forms = dict(zip(FORMS, packed, strict=False))
+    forms = forms_of(packed)
+    if "row" not in forms:
+        return
     m, row = packed[0].shape[0], forms["row"]
     low, high = (int(x) for x in row.aminmax()) if len(row) else (0, 0)
     require(low >= -1 and high < m, lambda: f"knn_topk: packed row numbers {low} .. {high}, M is {m}")
     held = int((row >= 0).sum())
     require(held == m, lambda: f"knn_topk: a packed bank has a column for each of {m} rows, got {held}")
-    if "starts" not in forms:
-        return
     starts = forms["starts"].tolist()
     rising = all(a <= b and a % PANEL == 0 for a, b in pairwise(starts))
     require(

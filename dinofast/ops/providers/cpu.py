@@ -19,7 +19,7 @@ from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
-from dinofast.ops.knn_topk_bank import FORMS, UNGROUPED, check_numbers
+from dinofast.ops.knn_topk_bank import CODED, GROUPED, check_numbers, columns_of, forms_of
 from dinofast.ops.knn_topk_bank import _fake as knn_topk_bank_results
 from dinofast.ops.providers.shared import DTYPES, absent, dense, matrix, refuse_dtype, refuse_rows
 from dinofast.ops.registry import MISSING, Kernel, forced_backend, provide
@@ -155,15 +155,17 @@ else:
             )
             return distance, index, visited.copy_(torch.tensor([0, 0, m]))
         check_numbers(packed)
+        pointers, columns, groups, depth = _packed(packed)
         queries = dense(queries)
         _native.knn_topk_bank(
             *matrix(queries),
             d,
             _NATIVE_ELEMENTS[queries.dtype],
-            _pointers(packed),
+            pointers,
             m,
-            len(packed[UNGROUPED - 1]),
-            *_groups(packed),
+            columns,
+            groups,
+            depth,
             k,
             METRICS.index(metric),
             probes,
@@ -333,24 +335,20 @@ def unit_rows(rows: Tensor) -> Tensor:
     return out
 
 
-def _groups(packed: list[Tensor]) -> tuple[int, int]:
-    """Count the groups and the directions of their outlines."""
-    if len(packed) == UNGROUPED:
-        return 0, 0
-    return len(packed[FORMS.index("radius")]), packed[FORMS.index("basis")].shape[1]
-
-
-def _pointers(packed: list[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in packed] + [0] * (len(FORMS) - len(packed))
+def _packed(packed: list[Tensor]) -> tuple[list[int], int, int, int]:
+    """Give the pointers of a packed bank, 0 where there is no form, and P, G and H."""
+    forms = forms_of(packed)
+    pointers = [forms[name].data_ptr() if name in forms else 0 for name in CODED + GROUPED[2:]]
+    grouped = (len(forms["radius"]), forms["basis"].shape[1]) if "basis" in forms else (0, 0)
+    return pointers, columns_of(forms), *grouped
 
 
 @_naming_isa
 def quantize_bank(packed: list[Tensor], metric: str) -> None:
-    """Fill weight, codes, scale, bias and error of `knn_topk_bank.FORMS`, also of outlines, from the rest."""
-    (m, d), columns = packed[0].shape, len(packed[UNGROUPED - 1])
-    _native.quantize_bank(
-        _pointers(packed), m, d, columns, *_groups(packed), METRICS.index(metric), _threads()
-    )
+    """Fill what `knn_topk_bank.BOTH` tells of codes, errors and outlines from the rest."""
+    pointers, columns, groups, depth = _packed(packed)
+    (m, d), number = packed[0].shape, METRICS.index(metric)
+    _native.quantize_bank(pointers, m, columns, groups, depth, d, number, _threads())
 
 
 @_naming_isa

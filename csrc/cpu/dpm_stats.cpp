@@ -118,8 +118,9 @@ class Sums {
         const int64_t count = static_cast<int64_t>(kept.size());
         const int64_t begin = part * runs / parts, end = (part + 1) * runs / parts;
         float* second = out_.second + k * d * d;
-        if (fresh && count == 0)
-            std::fill(second + begin * wide * d, second + std::min(end * wide, d) * d, 0.0f);
+        for (int64_t i = begin * wide; fresh && count == 0 && i < std::min(end * wide, d); ++i) {
+            std::fill_n(second + i * d, i + 1, 0.0f);  // another share mirrors into the columns behind
+        }
         for (int64_t start = 0; start < count; start += SEGMENT) {
             const int64_t some = std::min(SEGMENT, count - start);
             const float* y = gather(kept.data() + start, some);

@@ -54,8 +54,8 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
         error.by_rest = int8 ? norm + rest : 0;
         error.by_norm = int8 ? rest : gamma_ * norm;
         error.most = error.base + error.by_rest * most_rest + error.by_norm * most_norm + most_own;
-        const float limit = limit_for(value[t * height_ + r], norm, mine.offset[at]);
-        wanted[r] = mine.open[at] && !(best[r] + error.most < limit);
+        wanted[r] = mine.open[at] &&
+                    !(best[r] + error.most < limit_for(value[t * height_ + r], norm, mine.offset[at]));
         if (!wanted[r] || top[r] < 0) continue;
         mine.scores[r * group_ + top[r]] = -INFINITY;  // decided here
         mine.pairs[pairs++] = {static_cast<int32_t>(r), top[r], best[r]};
@@ -64,8 +64,10 @@ int64_t Nearest::decide_tile(int64_t t, int64_t slot, int64_t c, int64_t count, 
     int64_t decided = pairs;
     float limit[MAX_ROWS], least[MAX_ROWS];
     for (int64_t r = 0; r < height_; ++r) {
+        limit[r] = least[r] = INFINITY;
+        if (!wanted[r]) continue;  // of rows behind the last there is no value
         limit[r] = limit_for(value[t * height_ + r], mine.norm[first + r], mine.offset[first + r]);
-        least[r] = wanted[r] ? limit[r] - errors[r].most : INFINITY;
+        least[r] = limit[r] - errors[r].most;
     }
     const int64_t found =
         tile_.lines.not_below(mine.scores.get(), group_, height_, count, least, mine.pairs.get());

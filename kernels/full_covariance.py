@@ -119,12 +119,16 @@ def evaluate(
             for along in range(0, d, DEPTH):
                 j = along + tl.arange(0, DEPTH)
                 inside = there[:, None] & (j < d)[None, :]
-                x = tl.load(rows + row[:, None] * row_stride + j[None, :], mask=inside, other=0.0)
-                mean = tl.load(means + component * d + j, mask=j < d, other=0.0)
-                gap = tl.where(inside, x.to(tl.float64) - mean.to(tl.float64)[None, :], 0.0)
+                gap = tl.zeros((ROWS, DEPTH), tl.float64)
+                wide = tl.zeros((DEPTH, DEPTH), tl.float64)
                 place = precisions + (component * d + j[:, None]) * d + i[None, :]
-                part = tl.load(place, mask=(j < d)[:, None] & (i < d)[None, :], other=0.0)
-                product = tl.dot(gap, part.to(tl.float64), product, out_dtype=tl.float64)
+                if along < d:  # always; without it Triton 3.6 takes the operands for narrower ones
+                    x = tl.load(rows + row[:, None] * row_stride + j[None, :], mask=inside, other=0.0)
+                    mean = tl.load(means + component * d + j, mask=j < d, other=0.0)
+                    gap = tl.where(inside, x.to(tl.float64) - mean.to(tl.float64)[None, :], 0.0)
+                    part = tl.load(place, mask=(j < d)[:, None] & (i < d)[None, :], other=0.0)
+                    wide = part.to(tl.float64)
+                product = tl.dot(gap, wide, product, out_dtype=tl.float64)
             inside = there[:, None] & (i < d)[None, :]
             x = tl.load(rows + row[:, None] * row_stride + i[None, :], mask=inside, other=0.0)
             mean = tl.load(means + component * d + i, mask=i < d, other=0.0)

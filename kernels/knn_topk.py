@@ -34,7 +34,7 @@ LAUNCHES = {
     (torch.float16, False): Launch(128, 128, 32, 1, _WIDE),
     (torch.float16, True): Launch(64, 64, 64, 1, OPTIONS),
 }
-"""(dtype, more than one neighbor) -> the launch of `scan`; none spills a register on sm_80, 90 or 100.
+"""(dtype, more than one neighbor) -> the launch of `scan`; none spills a register by Triton 3.9.
 A tile has at least MAX_K columns, so that only the last part may have fewer than k rows."""
 NORM_ROWS, NORM_DEPTH = 16, 128
 DECIDE_DEPTH = 64

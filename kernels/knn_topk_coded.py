@@ -33,7 +33,7 @@ SIEVES = {
     torch.bfloat16: Launch(64, 64, 64, 1, {**OPTIONS, "maxnreg": 240}),
     torch.float32: Launch(32, 64, 16, 1, {**OPTIONS, "num_stages": 2, "maxnreg": 168}),
 }
-"""Codes -> the launch of `sieve`: none spills a register on sm_80, 90 or 100. No GPU has compared them yet,
+"""Codes -> the launch of `sieve`: none spills a register by Triton 3.9. No GPU has compared them yet,
 nor the numbers below."""
 PARTS = 64
 """Most parts into which the bank is split where all rows are decided."""
@@ -85,7 +85,7 @@ def sieve(
                 x = load_rows(queries, row, channel, q, d, query_stride)
                 y = load_rows(codes, column, channel, end, d, codes_stride)
                 if codes.dtype.element_ty == tl.int8:
-                    product = tl.dot(x, tl.trans(y), product)
+                    product = tl.dot(x, tl.trans(y), product, out_dtype=tl.int32)
                 else:
                     product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
             present = column < end

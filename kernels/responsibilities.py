@@ -176,6 +176,7 @@ def weigh(
     for start in range(0, k, WIDTH):
         place, there = pairs(row, start, n, k, stride, WIDTH)
         peak = tl.maximum(peak, tl.max(tl.load(values + place, mask=there, other=float("-inf")), 1))
+    peak = peak + 0.0  # Triton 3.6 compiles no reduction whose result is used twice
     possible = peak > NOTHING
     top = tl.where(possible, peak, 0.0)
     total = tl.zeros((ROWS,), tl.float32)

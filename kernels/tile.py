@@ -158,6 +158,8 @@ def cosines(
     )  # fmt: skip
     of_query = first * second
     safe = ((squares > 1 / LONGEST / LONGEST) & (squares < LONGEST * LONGEST)) | (column >= m)
+    if bank.dtype.element_ty == tl.float16:  # its squares do not underflow, but scaled channels would
+        safe |= squares == 0
     if tl.maximum(tl.max((~safe).to(tl.int32), 0), far) > 0:
         factor = peak_factor(bank, column, m, d, bank_stride, COLUMNS, DEPTH)
         product, squares = products(

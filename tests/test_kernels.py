@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 TABLE = Path(__file__).parents[1] / "bench/results/triton-aot.json"
 HELPERS = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-OTHER_SPILLS = 16
-"""Bytes that a thread may spill under a Triton that the table does not record; 3.6.0 spills 8 at most."""
+OTHER_SPILLS = 48
+"""Bytes that a thread may spill under a Triton that the table does not record; 3.6.0 spills 44 on sm_90."""
 
 
 def run_python(*arguments, **environment):

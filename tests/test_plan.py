@@ -134,6 +134,26 @@ def test_banks_of_every_strategy_are_told_within_a_tenth(m: int, metric: str) ->
         assert ops.Bank(rows.bfloat16(), metric, "lowp").nbytes == half
 
 
+@pytest.mark.skipif(bool(providers.no_codes(8)), reason=str(providers.no_codes(8)))
+@pytest.mark.parametrize("m", [1, 33, 65, 127])
+def test_banks_of_one_group_are_told_within_a_tenth(m: int) -> None:
+    bank = ops.Bank(bank_rows(m, 8, False), strategy="pruned")
+    assert ops.bank_bytes(m, 8, strategy="pruned")["cpu"] == pytest.approx(bank.nbytes, rel=0.1)
+
+
+@pytest.mark.skipif(not providers.has_int8(), reason="no int8 instructions here")
+def test_making_a_bank_takes_no_less_than_keeping_it() -> None:
+    for m, d in ((5000, 384), (200_000, 512), (7_680_000, 384)):
+        kept = ops.bank_bytes(m, d, grouped=False)["cpu"] - 4 * m * d
+        assert bank_size.building_bytes(m, d) >= kept > 0
+
+
+def test_rows_that_no_bank_takes_are_refused_before() -> None:
+    if not providers.no_codes(64):
+        with pytest.raises(InputError, match="the norm of row"):
+            groups_pay(2 * bank_rows(6000, 64, False), "cosine")
+
+
 def test_a_sample_leaves_it_open_whether_groups_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "no_codes", lambda d: "")
     monkeypatch.setattr(providers, "has_int8", lambda: True)
@@ -181,6 +201,8 @@ def test_banks_on_a_device_are_told_exactly() -> None:
         lambda: ops.bank_bytes(0, 8),
         lambda: ops.bank_bytes(8, 8, "dot"),
         lambda: ops.bank_bytes(8, 8, device="tpu"),
+        lambda: ops.bank_bytes(8, 8, strategy="exact"),
+        lambda: ops.bank_bytes(8, 8, dtype=torch.int32),
     ],
 )
 def test_banks_that_cannot_be_are_not_told(call: Any) -> None:

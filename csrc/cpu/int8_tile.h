@@ -9,7 +9,8 @@
 namespace dinofast {
 
 // What became of a row: codes times scale, the norms of the row and of the rest, the sum of the codes. Where
-// rows are scaled to unit norm all this is of the unit row, which is the row times `factor`.
+// rows are scaled to unit norm all this is of the unit row, less the center if there is one; without, the
+// unit row is the row times `factor`.
 struct Quantized {
     float scale, rest, norm;
     int32_t sum;

@@ -39,7 +39,7 @@ class Bank:
     these leave much, by codes, or, if "auto" chose it, in float32: it keeps no codes of grouped rows. These
     three give the same results, bit for bit. "approximate" looks only into the groups nearest to a query and
     may miss neighbors; `recall` tells how many. "auto" takes "float32" for fewer than 4096 rows, "pruned"
-    where a search for the nearest other row of 192 rows counts at most 80 % of the work of "lowp" (20 %
+    where a search for the nearest other row of 192 rows counts less than 80 % of the work of "lowp" (20 %
     without int8 instructions), else "lowp" with such instructions, else "float32".
 
     On a GPU, with Triton, "float32" and "lowp" scan rows there, list all that the proven bounds leave, and

@@ -141,7 +141,7 @@ def form_bytes(m: int, d: int, grouped: bool, codes: bool) -> int:
     columns = (m + width - 1) // width * width
     if grouped:
         groups, depth = group_count(m), _depth(d)
-        columns = m + groups * (width - 1) // 2
+        columns = m + groups * (width - 1) // 2 if groups > 1 else columns
         bytes += columns * (4 * outline_quads(depth) + 32)  # codes, 6 numbers and a row number
         bytes += 4 * (groups * (d + 1) + d * depth + 3) + 8 * (groups + 1)
     if codes or not grouped:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dinofast.errors import InputError
 from dinofast.ops import providers
-from dinofast.ops.bank import FEW
+from dinofast.ops.bank import FEW, STRATEGIES
 from dinofast.ops.bank_choice import grouped_search, worthwhile
 from dinofast.ops.bank_forms import SAMPLE, form_bytes, group, group_count, pack
-from dinofast.ops.bank_rows import check_finite
+from dinofast.ops.bank_rows import check_prepared
 from dinofast.ops.coded_rows import choose_codes, coded_bytes
 from dinofast.ops.knn_topk import METRICS, knn_workspace
 
@@ -46,7 +46,8 @@ def bank_bytes(
         Bytes that the bank holds by type of device, the rows included.
 
     Raises:
-        InputError: unknown metric or device, no rows or channels, or more than a GPU searches.
+        InputError: unknown metric, strategy or device, rows that are no floats, no rows or channels, or more
+            than a GPU searches.
 
     >>> bank_bytes(7_680_000, 384, dtype=torch.bfloat16, rows_on="cuda")["cuda"] / 1e9 < 6.5
     True
@@ -54,6 +55,8 @@ def bank_bytes(
     device = rows_on if device is None else device
     if metric not in METRICS or not {device, rows_on} <= {"cpu", "cuda"} or m < 1 or d < 1:
         raise InputError(f"bank_bytes: no Bank of {m} x {d} rows on {rows_on} by {metric!r} on {device}")
+    if strategy not in STRATEGIES or not dtype.is_floating_point:
+        raise InputError(f"bank_bytes: no Bank of {dtype} by strategy {strategy!r}, of {STRATEGIES}")
     if device == "cpu":
         held = 4 * m * d
         if strategy == "lowp" or (strategy == "auto" and not grouped and m >= FEW):
@@ -85,7 +88,7 @@ def groups_pay(rows: Tensor, metric: str, seed: int = 0) -> bool:
         seed: of the bank.
 
     Raises:
-        InputError: a row that is looked at holds NaN or inf.
+        InputError: a row that is looked at holds NaN or inf, or for "cosine" is not of unit norm.
     """
     m, d = rows.shape
     if m < FEW or providers.no_codes(d):
@@ -99,8 +102,8 @@ def groups_pay(rows: Tensor, metric: str, seed: int = 0) -> bool:
 
 def _cost(rows: Tensor, most: int, metric: str, seed: int) -> float:
     sample = rows[:: max(1, len(rows) // most)][:most] if len(rows) > most else rows
-    sample = sample.contiguous()
-    check_finite(sample)
+    sample = sample.cpu().contiguous()
+    check_prepared(sample, metric)
     return grouped_search(pack(sample, metric, group(sample, seed), codes=False), metric)[1]
 
 
@@ -108,7 +111,7 @@ def building_bytes(m: int, d: int) -> int:
     """Tell the most that a `Bank` with strategy "auto" takes beside M rows on the CPU while it is made.
 
     Groups are tried before they may be found useless: k-means by a sample, the principal coordinates of
-    another, then the grouped forms.
+    another, then the grouped forms; or else codes are made.
     """
     if m < FEW or providers.no_codes(d):
         return 0
@@ -116,4 +119,5 @@ def building_bytes(m: int, d: int) -> int:
     means = 4 * min(m, 32 * count) * d + knn_workspace("cpu", rows, count, 1) + 12 * m + 12 * count * d
     sample = 8 * min(m, SAMPLE) * d
     coordinates = sample + max(sample, 48 * min(m, SAMPLE, d) ** 2)
-    return max(means, coordinates + 16 * m, form_bytes(m, d, True, False) + 16 * m)
+    codes = form_bytes(m, d, False, True) if providers.has_int8() else 0
+    return max(means, coordinates + 16 * m, form_bytes(m, d, True, False) + 16 * m, codes)

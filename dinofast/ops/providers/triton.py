@@ -20,7 +20,7 @@ from dinofast.ops.farthest_point import _fake as farthest_point_results
 from dinofast.ops.kmeans_step import _fake as kmeans_step_results
 from dinofast.ops.knn_topk import METRICS
 from dinofast.ops.knn_topk import _fake as knn_topk_results
-from dinofast.ops.providers.shared import capability, dense, refuse_dtype, refuse_rows, unserved
+from dinofast.ops.providers.shared import capability, dense, refuse_dtype, unserved
 from dinofast.ops.registry import DEVICES, MISSING, Kernel, forced_backend, kept, provide
 from dinofast.ops.upsample_blur import Weights, resample_weights
 from dinofast.ops.upsample_blur import _fake as upsample_blur_results
@@ -50,12 +50,14 @@ def _cosine_max(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     return similarity, index
 
 
-def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
-    if k > _MOST_NEIGHBORS:
-        return f"wants k <= {_MOST_NEIGHBORS}, got {k}"
+def _refuse_search(queries: Tensor, bank: Tensor) -> str | None:
     if max(queries.shape[0], bank.shape[0]) > _MOST_ROWS:
         return f"wants at most 2**30 rows, got {queries.shape[0]} and {bank.shape[0]}"
     return refuse_dtype(queries)
+
+
+def _refuse_knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> str | None:
+    return f"wants k <= {_MOST_NEIGHBORS}, got {k}" if k > _MOST_NEIGHBORS else _refuse_search(queries, bank)
 
 
 def _knn_topk(queries: Tensor, bank: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -237,7 +239,7 @@ elif torch.version.cuda is None and not _INTERPRETED:
 else:
     DEVICES["triton"] = refuse_device
     for name, run, refuse in (
-        ("cosine_max", _cosine_max, refuse_rows),
+        ("cosine_max", _cosine_max, _refuse_search),
         ("knn_topk", _knn_topk, _refuse_knn_topk),
         ("upsample_blur", _upsample_blur, _refuse_upsample_blur),
         ("cosine_map", _cosine_map, _refuse_cosine_map),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import OURS, Call, Gate, Group, Measure
+from bench.measure import OURS, Gate, Group, Measure
 from bench.memory import peak_extra
 from bench.peers import contenders
 from bench.shapes import SHAPES, SHORT, SLOW, missing
@@ -41,14 +41,8 @@ def bench_operator(measure: Measure, with_memory: bool, op: str, shape: str, con
 def _prepare(op: str, shape: str, with_memory: bool) -> Group:
     args = SHAPES[op][shape]()
     gate, cost = Gate(OPS[op], args), OPS[op].cost(*args)
-    found = contenders(op, shape)
-
-    def renew() -> dict[str, Call]:
-        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        return {contender.name: contender.prepare(*copies) for contender in found}
-
-    group = Group({}, {}, renew=renew if (op, shape) in SHORT else None)
-    for contender in found:
+    group = Group({}, {})
+    for contender in contenders(op, shape):
         name, call = contender.name, contender.prepare(*args)
         ours = name.startswith(OURS)
         results = contender.read(call())

@@ -142,18 +142,16 @@ class Group:
         facts: contender -> what is known of it, in JSON types.
         stages: contender -> gives the seconds of the parts of its last call; may be empty.
         timings: contender -> its samples; empty until `run`.
-        renew: gives the calls on other memory, for every round; may be absent.
     """
 
     calls: dict[str, Call]
     facts: dict[str, dict[str, Any]]
     stages: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
-    renew: Callable[[], dict[str, Call]] | None = None
 
     def run(self) -> None:
         """Fill `timings`, and let go of the calls and so of their arguments."""
-        self.timings.update(interleave(self.calls, self.stages, self.renew))
+        self.timings.update(interleave(self.calls, self.stages))
         self.calls.clear()
         self.stages.clear()
 
@@ -169,16 +167,13 @@ Measure = Callable[[str, str, Callable[[], Group]], None]
 
 
 def interleave(
-    calls: dict[str, Call],
-    stages: dict[str, Callable[[], dict[str, float]]],
-    renew: Callable[[], dict[str, Call]] | None = None,
+    calls: dict[str, Call], stages: dict[str, Callable[[], dict[str, float]]]
 ) -> dict[str, Timing]:
     """Time calls in turns, A B C B C A C A B ..., so that what drifts drifts for all.
 
     Args:
         calls: contender -> call, which has run before; what it returns is dropped.
         stages: see `Group`.
-        renew: see `Group`; where its calls lie in memory is another draw in every round.
 
     Returns:
         Contender -> its samples, one a round.
@@ -199,8 +194,6 @@ def interleave(
         spent = time.perf_counter() - start - again
         if number >= ROUNDS[0] and spent * (number + 1) / number > BUDGET_SECONDS:
             break
-        if renew is not None:
-            calls = renew()  # while the calls before still hold their memory
         for name in names:
             best, repeat = sample(name), time.perf_counter()
             while not best.quiet and again + time.perf_counter() - repeat < PATIENCE_SECONDS:

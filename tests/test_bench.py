@@ -1,6 +1,5 @@
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,22 +93,6 @@ def test_contenders_take_turns(bench, monkeypatch):
     assert 0.002 <= timings["a"].median < timings["b"].median
 
 
-def test_calls_are_renewed_for_every_round(bench, monkeypatch):
-    monkeypatch.setattr(bench.measure, "SAMPLE_SECONDS", 0.002)
-    monkeypatch.setattr(bench.measure, "PATIENCE_SECONDS", 0.0)
-    made, ran = [0], []
-
-    def renew():
-        made.append(len(made))
-        return {"a": partial(ran.append, made[-1])}
-
-    group = bench.measure.Group({"a": partial(ran.append, 0)}, {}, renew=renew)
-    group.run()
-    assert len(group.timings["a"].samples) == len(made) - 1 >= bench.measure.ROUNDS[0]
-    assert ran == sorted(ran)
-    assert set(ran) == set(made)
-
-
 def test_disturbed_samples_are_left_out_or_marked(bench):
     quiet, loud = bench.measure.Sample(1.0, 0.0), bench.measure.Sample(9.0, 0.5)
     timing = bench.measure.Timing([quiet, loud, quiet, loud, quiet])
@@ -141,6 +124,8 @@ def test_an_artificial_slowdown_stretches_ours_alone(bench, monkeypatch):
 
 
 def test_extra_memory_of_a_bank_includes_its_prepared_forms(bench):
+    from functools import partial
+
     import bench.memory
     from dinofast.ops import Bank, knn_topk
 

@@ -195,7 +195,6 @@ def interleave(
         if number >= ROUNDS[0] and spent * (number + 1) / number > BUDGET_SECONDS:
             break
         for name in names:
-            _start_on(number)
             best, repeat = sample(name), time.perf_counter()
             while not best.quiet and again + time.perf_counter() - repeat < PATIENCE_SECONDS:
                 best = min(best, sample(name), key=lambda s: s.others)
@@ -225,16 +224,6 @@ def take(call: Call, repeats: int, slowdown: float = 1.0) -> Sample:
     wall = time.perf_counter() - start
     others = _busy() - busy - (time.process_time() - own)
     return Sample(wall / repeats, float(np.maximum(0.0, others)) / (wall * max(1, len(CPUS))))
-
-
-def _start_on(turn: int) -> None:
-    """Move this thread to one of its cores, the next one each turn; the system may move it again.
-
-    Cores of a shared machine differ in speed, and work of one thread would be timed on the one it began on.
-    """
-    if CPUS:
-        os.sched_setaffinity(0, {CPUS[turn % len(CPUS)]})
-        os.sched_setaffinity(0, CPUS)  # or threads that are started later would stay on that core, too
 
 
 def _settle() -> None:

@@ -1,5 +1,4 @@
 import math
-import os
 import time
 from pathlib import Path
 
@@ -92,26 +91,6 @@ def test_contenders_take_turns(bench, monkeypatch):
     assert len(turns) >= bench.measure.ROUNDS[0]
     assert len(timings["a"].samples) == len(timings["b"].samples) >= bench.measure.ROUNDS[0]
     assert 0.002 <= timings["a"].median < timings["b"].median
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell cores")
-def test_rounds_begin_on_one_core_after_the_other_and_are_not_bound_to_it(bench, monkeypatch):
-    monkeypatch.setattr(bench.measure, "SAMPLE_SECONDS", 0.002)
-    monkeypatch.setattr(bench.measure, "PATIENCE_SECONDS", 0.0)
-    moved, free = [], os.sched_getaffinity(0)
-    set_affinity = os.sched_setaffinity
-
-    def record(pid, cpus):
-        moved.append(set(cpus))
-        set_affinity(pid, cpus)
-
-    monkeypatch.setattr(bench.measure.os, "sched_setaffinity", record)
-    calls = {"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.002)}
-    rounds = len(bench.measure.interleave(calls, {})["a"].samples)
-    assert moved[1::2] == [free] * 2 * rounds
-    starts = [sorted(free)[turn % len(free)] for turn in range(rounds)]
-    assert [cpu for (cpu,) in moved[::2]] == [cpu for cpu in starts for _ in calls]
-    assert os.sched_getaffinity(0) == free
 
 
 def test_disturbed_samples_are_left_out_or_marked(bench):

@@ -378,6 +378,25 @@ def test_every_kernel_refuses_a_gpu_that_triton_does_not_serve():
     assert all("Tesla T4 has compute capability 7.5" in reason for reason in told.values())
 
 
+BESIDE_ZERO = """
+import torch
+from dinofast.ops import backend, cosine_max
+row = torch.full((1, 40), 1e-4).half()
+row[0, 0] = 65504
+bank = torch.cat([row, torch.zeros_like(row)])
+queries = torch.zeros(1, 40).half()
+queries[0, 1] = 1
+with backend("triton"):
+    alone, beside = (cosine_max(queries, x)[0] for x in (bank[:1], bank))
+    assert alone.item() == beside.item() > 0, (alone, beside)
+"""
+
+
+def test_a_zero_row_of_half_precision_leaves_the_others_of_its_tile_alone():
+    done = run_python("-W", "ignore", "-c", BESIDE_ZERO, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
 BLOCKS = """
 import torch
 from dinofast.kernels.resample import blocks
